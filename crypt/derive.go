@@ -1,0 +1,216 @@
+package crypt
+
+import (
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/hkdf"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/binary"
+	"errors"
+	"fmt"
+)
+
+// One key, one purpose: the labels of HKDF-Expand (RFC 5869). A label names the
+// purpose; the immutable bytes of the header bind the key to this file, this
+// volume, this use and this format.
+const (
+	labelCommit = "commit"
+	labelBlock  = "block"
+	labelSparse = "sparse"
+
+	labelSettings   = "settings-mac"
+	labelDirID      = "dir-id"
+	labelName       = "name"
+	labelSymlink    = "symlink"
+	labelXattrName  = "xattr-name"
+	labelXattrValue = "xattr-value"
+)
+
+// Secrets are what a data key opens: the keys derived from it for one identity.
+// They hold a copy of the data key of their own, in locked memory.
+type Secrets struct {
+	id  Identity
+	key *Key
+	prk *Key // HKDF-Extract(SHA-256, data key, salt = file id)
+}
+
+// A Fresh is a data key that no file uses yet, with the header it goes under.
+type Fresh struct {
+	Header  *Header
+	Secrets *Secrets
+}
+
+// NewIdentity draws a random file id.
+func NewIdentity(volume VolumeID, use Use, blockLog2 uint8) (Identity, error) {
+	id := Identity{Use: use, BlockLog2: blockLog2, Volume: volume}
+	if _, err := rand.Read(id.File[:]); err != nil {
+		return id, fmt.Errorf("drawing a file id: %w", err)
+	}
+	return id, nil
+}
+
+// Commit derives the keys of a new identity from a fresh data key and fills in
+// id.Commitment. The key is cloned; the caller still owns it.
+func Commit(id *Identity, key *Key) (*Secrets, error) {
+	s, err := derive(*id, key)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.expand(labelCommit, nil, id.Commitment[:]); err != nil {
+		s.Wipe()
+		return nil, err
+	}
+	s.id = *id
+	return s, nil
+}
+
+// Unlock derives the keys of a stored identity, after it has proved in constant
+// time that key is the one the identity commits to; if not, ErrDamaged. GCM
+// alone would not commit to a key (the class of CVE-2025-14763). The key is
+// cloned; the caller still owns it.
+func Unlock(id Identity, key *Key) (*Secrets, error) {
+	s, err := derive(id, key)
+	if err != nil {
+		return nil, err
+	}
+	var want [KeySize]byte
+	if err := s.expand(labelCommit, nil, want[:]); err != nil {
+		s.Wipe()
+		return nil, err
+	}
+	if subtle.ConstantTimeCompare(want[:], id.Commitment[:]) != 1 {
+		s.Wipe()
+		return nil, fmt.Errorf("the data key is not the one the header commits to: %w", ErrDamaged)
+	}
+	return s, nil
+}
+
+func derive(id Identity, key *Key) (*Secrets, error) {
+	own, err := key.Clone()
+	if err != nil {
+		return nil, err
+	}
+	var prk *Key
+	err = own.Use(func(raw []byte) error {
+		p, err := hkdf.Extract(sha256.New, raw, id.File[:])
+		if err != nil {
+			return fmt.Errorf("deriving keys: %w", err)
+		}
+		prk, err = NewKey(p)
+		return err
+	})
+	if err != nil {
+		own.Wipe()
+		return nil, err
+	}
+	return &Secrets{id: id, key: own, prk: prk}, nil
+}
+
+// Identity is what the secrets belong to.
+func (s *Secrets) Identity() Identity { return s.id }
+
+// Clone copies the secrets; each copy is wiped by its own owner.
+func (s *Secrets) Clone() (*Secrets, error) {
+	key, err := s.key.Clone()
+	if err != nil {
+		return nil, err
+	}
+	prk, err := s.prk.Clone()
+	if err != nil {
+		key.Wipe()
+		return nil, err
+	}
+	return &Secrets{id: s.id, key: key, prk: prk}, nil
+}
+
+// DataKey is the data key itself, for wrapping it again. The Secrets own it.
+func (s *Secrets) DataKey() *Key { return s.key }
+
+// Wipe overwrites the secrets. It may be called twice, and on nil.
+func (s *Secrets) Wipe() {
+	if s != nil {
+		s.key.Wipe()
+		s.prk.Wipe()
+	}
+}
+
+// expand fills out with HKDF-Expand(prk, label, immutable bytes, extra): label
+// and bytes are preceded by their lengths, so that no two uses collide.
+func (s *Secrets) expand(label string, extra, out []byte) error {
+	info := append([]byte{byte(len(label))}, label...)
+	bound := s.id.appendBound(nil)
+	info = append(info, byte(len(bound)))
+	info = append(info, bound...)
+	info = append(info, extra...)
+	return s.prk.Use(func(prk []byte) error {
+		k, err := hkdf.Expand(sha256.New, prk, string(info), len(out))
+		if err != nil {
+			return fmt.Errorf("deriving the %s key: %w", label, err)
+		}
+		copy(out, k)
+		clear(k)
+		return nil
+	})
+}
+
+// blockAEAD is the cipher of one key epoch. Its expanded key lives on the Go
+// heap and can't be wiped; whoever holds it drops it with the file.
+func (s *Secrets) blockAEAD(epoch uint32) (cipher.AEAD, error) {
+	var k [KeySize]byte
+	defer clear(k[:])
+	if err := s.expand(labelBlock, binary.LittleEndian.AppendUint32(nil, epoch), k[:]); err != nil {
+		return nil, err
+	}
+	b, err := aes.NewCipher(k[:])
+	if err != nil {
+		return nil, fmt.Errorf("making a block cipher: %w", err)
+	}
+	return cipher.NewGCMWithRandomNonce(b)
+}
+
+// SparseMark is the value of SparseXattr for this file: HMAC-SHA-256 of its
+// immutable bytes, commitment included.
+func (s *Secrets) SparseMark() ([]byte, error) {
+	return s.mac(labelSparse, s.id.Bytes())
+}
+
+// IsSparseMark compares a stored mark in constant time.
+func (s *Secrets) IsSparseMark(stored []byte) bool {
+	want, err := s.SparseMark()
+	return err == nil && hmac.Equal(want, stored)
+}
+
+// SettingsMAC authenticates the settings of the volume these secrets belong to.
+func (s *Secrets) SettingsMAC(settings []byte) ([]byte, error) {
+	return s.mac(labelSettings, settings)
+}
+
+// DirMAC authenticates a directory id.
+func (s *Secrets) DirMAC(id DirID) ([]byte, error) {
+	return s.mac(labelDirID, append([]byte("dir"), id[:]...))
+}
+
+// RootDirID is the root directory's id: it is derived, so that the root needs
+// no attribute.
+func (s *Secrets) RootDirID() (id DirID, err error) {
+	m, err := s.mac(labelDirID, []byte("root"))
+	copy(id[:], m)
+	return id, err
+}
+
+func (s *Secrets) mac(label string, msg []byte) ([]byte, error) {
+	if s.id.Use != UseVolume && label != labelSparse {
+		return nil, errors.New("a file's data key can't serve a volume")
+	}
+	var k [KeySize]byte
+	defer clear(k[:])
+	if err := s.expand(label, nil, k[:]); err != nil {
+		return nil, err
+	}
+	h := hmac.New(sha256.New, k[:])
+	h.Write(msg)
+	return h.Sum(nil), nil
+}
