@@ -1,0 +1,71 @@
+package crypt
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+func BenchmarkWriteAt(b *testing.B) {
+	for _, n := range []int{bs, 128 << 10, 1 << 20} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			_, _, f := newTestFile(b, bs, make([]byte, 1<<20))
+			p := pattern(n, 1)
+			b.SetBytes(int64(n))
+			b.ReportAllocs()
+			for b.Loop() {
+				_, err := f.WriteAt(p, 0)
+				require.NoError(b, err)
+			}
+		})
+	}
+}
+
+func BenchmarkReadAt(b *testing.B) {
+	for _, n := range []int{bs, 128 << 10, 1 << 20} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			_, _, f := newTestFile(b, bs, pattern(1<<20+1, 1))
+			p := make([]byte, n)
+			b.SetBytes(int64(n))
+			b.ReportAllocs()
+			for b.Loop() {
+				_, err := f.ReadAt(p, 0)
+				require.NoError(b, err)
+			}
+		})
+	}
+}
+
+func BenchmarkAppend100(b *testing.B) {
+	_, _, f := newTestFile(b, bs, []byte("x"))
+	p := pattern(100, 1)
+	b.ReportAllocs()
+	for b.Loop() {
+		_, err := f.WriteAt(p, f.Size())
+		require.NoError(b, err)
+		if f.Size() > 1<<20 {
+			require.NoError(b, f.Truncate(1))
+		}
+	}
+}
+
+func BenchmarkParseHeader(b *testing.B) {
+	raw, err := sampleHeader(arnUUID).Marshal()
+	require.NoError(b, err)
+	b.ReportAllocs()
+	for b.Loop() {
+		_, err := ParseHeader(raw)
+		require.NoError(b, err)
+	}
+}
+
+func BenchmarkUnlock(b *testing.B) {
+	k := newFresh(b, bs)
+	b.ReportAllocs()
+	for b.Loop() {
+		s, err := Unlock(k.Header.Identity, k.Secrets.DataKey())
+		require.NoError(b, err)
+		s.Wipe()
+	}
+}
