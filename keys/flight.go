@@ -1,0 +1,98 @@
+package keys
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"kmsfs/crypt"
+)
+
+// flight is an opener that makes concurrent calls for the same header one. The
+// call belongs to no caller: one who is interrupted leaves at once, the call
+// goes on under its own deadline, and the others (or the cache beneath) get the
+// result. Headers that differ in any byte fly apart, so that a freshly rekeyed
+// header never shares the failure of the old one.
+type flight struct {
+	next     opener
+	base     context.Context // ends with the ring
+	deadline time.Duration
+
+	mu     sync.Mutex
+	calls  map[string]*flightCall // guarded by mu; by the header's bytes
+	joined int64                  // guarded by mu; callers that needed no call of their own
+}
+
+type flightCall struct {
+	done    chan struct{} // closed when result and err are set
+	waiters int           // guarded by flight.mu; who still wants the result
+	landed  bool          // guarded by flight.mu
+	result  opened        // wiped with the last waiter
+	err     error
+}
+
+func newFlight(base context.Context, next opener, deadline time.Duration) *flight {
+	return &flight{next: next, base: base, deadline: deadline, calls: map[string]*flightCall{}}
+}
+
+func (f *flight) open(ctx context.Context, h *crypt.Header) (opened, error) {
+	raw, err := h.Marshal()
+	if err != nil {
+		return opened{}, fmt.Errorf("a header that can't be stored: %v: %w", err, crypt.ErrDamaged)
+	}
+	c := f.join(string(raw), h)
+	defer f.leave(c)
+	select {
+	case <-c.done:
+		if c.err != nil {
+			return opened{}, c.err
+		}
+		return c.result.clone()
+	case <-ctx.Done():
+		return opened{}, contextError(ctx, opDecrypt, h.Copies[0].Key)
+	}
+}
+
+func (f *flight) join(id string, h *crypt.Header) *flightCall {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if c := f.calls[id]; c != nil {
+		c.waiters++
+		f.joined++
+		return c
+	}
+	c := &flightCall{done: make(chan struct{}), waiters: 1}
+	f.calls[id] = c
+	go f.run(id, c, h.Clone())
+	return c
+}
+
+func (f *flight) run(id string, c *flightCall, h *crypt.Header) {
+	ctx, cancel := context.WithTimeout(f.base, f.deadline)
+	defer cancel()
+	result, err := f.next.open(ctx, h)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.calls, id)
+	c.result, c.err, c.landed = result, err, true
+	if c.waiters == 0 {
+		c.result.secrets.Wipe()
+	}
+	close(c.done)
+}
+
+func (f *flight) leave(c *flightCall) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	c.waiters--
+	if c.waiters == 0 && c.landed {
+		c.result.secrets.Wipe()
+	}
+}
+
+func (f *flight) addTo(s *Stats) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	s.Coalesced = f.joined
+}

@@ -1,0 +1,295 @@
+package keys
+
+import (
+	"context"
+	"errors"
+	"math"
+	"sync"
+	"time"
+
+	"kmsfs/crypt"
+)
+
+const (
+	// poolAge is how long a fresh key may wait for a file.
+	poolAge = 5 * time.Minute
+	// longestGap caps what one idle stretch says about demand, so that a burst
+	// after it is seen within a dozen creates.
+	longestGap = time.Minute
+
+	firstPenalty = 250 * time.Millisecond
+	maxPenalty   = 5 * time.Second
+)
+
+// pool is a maker that fetches keys ahead of demand. It keeps as many as are
+// used up while one is being fetched, twice over (Little's law): none for a
+// program that creates a file now and then, or for a key service that answers
+// at once, up to max for a burst. So a create costs one call, and at most max
+// keys are ever fetched in vain; a workload that creates nothing fetches none.
+//
+// A failed fetch is what a waiter gets, and for a short while (doubling up to
+// 5 s) what every caller gets at once: a key that was taken away is not asked
+// for a thousand times a second by a program that retries.
+type pool struct {
+	next     maker
+	current  func() string // the key that fresh keys must be under now
+	deadline time.Duration
+	max      int
+	age      time.Duration
+	base     context.Context
+
+	mu       sync.Mutex
+	ready    []spare       // guarded by mu; oldest first
+	waiters  []chan result // guarded by mu; first come, first served
+	inflight int           // guarded by mu; fetches of this generation
+	gen      uint64        // guarded by mu; what an older generation fetched is wiped
+	ctx      context.Context
+	cancel   context.CancelFunc // guarded by mu, like ctx: they end with the generation
+	closed   bool               // guarded by mu
+	sweeper  *time.Timer        // guarded by mu; nil while nothing is ready
+
+	lastTake time.Time     // guarded by mu
+	gap      time.Duration // guarded by mu; between takes, averaged; 0 = unknown
+	latency  time.Duration // guarded by mu; of a fetch, averaged
+
+	failed  error         // guarded by mu; the last fetch's failure
+	penalty time.Duration // guarded by mu
+	retryAt time.Time     // guarded by mu; until then, failed is the answer
+
+	hits, waits int64         // guarded by mu
+	waited      time.Duration // guarded by mu
+}
+
+type spare struct {
+	fresh *crypt.Fresh
+	born  time.Time
+}
+
+type result struct {
+	fresh *crypt.Fresh
+	err   error
+}
+
+var errClosed = errors.New("the key ring is closed")
+
+func newPool(base context.Context, next maker, current func() string, max int, deadline time.Duration) *pool {
+	p := &pool{next: next, current: current, deadline: deadline, max: max, age: poolAge, base: base}
+	p.ctx, p.cancel = context.WithCancel(base)
+	return p
+}
+
+// take returns a fresh key, waiting for one as long as ctx allows.
+func (p *pool) take(ctx context.Context) (*crypt.Fresh, error) {
+	w, r, ok := p.enter(time.Now())
+	if ok {
+		return r.fresh, r.err
+	}
+	start := time.Now()
+	select {
+	case r = <-w:
+	case <-ctx.Done():
+		r = p.leave(w, contextError(ctx, opGenerate, p.current()))
+	}
+	p.mu.Lock()
+	p.waited += time.Since(start)
+	p.mu.Unlock()
+	return r.fresh, r.err
+}
+
+// enter answers at once, or queues a waiter.
+func (p *pool) enter(now time.Time) (w chan result, r result, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.demandLocked(now)
+	p.expireLocked(now)
+	switch {
+	case p.closed:
+		return nil, result{err: newError(KindUnavailable, opGenerate, p.current(), errClosed)}, true
+	case len(p.ready) > 0:
+		f := p.ready[0].fresh
+		p.ready = p.ready[1:]
+		p.hits++
+		p.refillLocked()
+		return nil, result{fresh: f}, true
+	case p.failed != nil && now.Before(p.retryAt):
+		return nil, result{err: p.failed}, true
+	}
+	w = make(chan result, 1)
+	p.waiters = append(p.waiters, w)
+	p.waits++
+	p.refillLocked()
+	return w, result{}, false
+}
+
+// leave takes a waiter out of the queue. If its key arrived meanwhile, the
+// caller gets it after all.
+func (p *pool) leave(w chan result, err error) result {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i := range p.waiters {
+		if p.waiters[i] == w {
+			p.waiters = append(p.waiters[:i:i], p.waiters[i+1:]...)
+			return result{err: err}
+		}
+	}
+	return <-w
+}
+
+// demandLocked learns how fast keys are taken. It follows a rising demand
+// quickly and a falling one slowly.
+func (p *pool) demandLocked(now time.Time) {
+	gap := min(now.Sub(p.lastTake), longestGap)
+	switch {
+	case p.lastTake.IsZero():
+		gap = longestGap
+	case gap < p.gap:
+		gap = (p.gap + gap) / 2
+	default:
+		gap = (3*p.gap + gap) / 4
+	}
+	p.gap, p.lastTake = gap, now
+}
+
+// aheadLocked is how many keys should be ready or on their way.
+func (p *pool) aheadLocked() int {
+	if p.failed != nil {
+		return 0
+	}
+	want := 2 * float64(p.latency) / float64(max(p.gap, time.Microsecond))
+	return min(int(math.Round(want)), p.max)
+}
+
+// refillLocked starts the fetches that waiters and demand ask for.
+func (p *pool) refillLocked() {
+	if p.closed {
+		return
+	}
+	want := len(p.waiters) + p.aheadLocked() - len(p.ready)
+	for p.inflight < want && p.inflight < max(p.max, 1) {
+		p.inflight++
+		go p.fetch(p.ctx, p.gen)
+	}
+}
+
+func (p *pool) fetch(ctx context.Context, gen uint64) {
+	ctx, cancel := context.WithTimeout(ctx, p.deadline)
+	defer cancel()
+	start := time.Now()
+	f, err := p.next.make(ctx, crypt.UseFile)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed || gen != p.gen {
+		wipeFresh(f)
+		return
+	}
+	p.inflight--
+	if err != nil {
+		p.failLocked(err)
+	} else {
+		p.failed, p.penalty = nil, 0
+		p.latency = (p.latency + time.Since(start)) / 2
+		p.addLocked(f)
+	}
+	p.refillLocked()
+}
+
+// failLocked gives the failure to the waiters that no fetch is under way for.
+func (p *pool) failLocked(err error) {
+	if now := time.Now(); !now.Before(p.retryAt) {
+		p.penalty = min(max(2*p.penalty, firstPenalty), maxPenalty)
+		p.retryAt = now.Add(p.penalty)
+	}
+	p.failed = err
+	for len(p.waiters) > p.inflight {
+		p.serveLocked(result{err: err})
+	}
+}
+
+func (p *pool) addLocked(f *crypt.Fresh) {
+	if len(p.waiters) > 0 {
+		p.serveLocked(result{fresh: f})
+		return
+	}
+	p.ready = append(p.ready, spare{f, time.Now()})
+	if p.sweeper == nil {
+		p.sweeper = time.AfterFunc(p.age, p.sweep)
+	}
+}
+
+func (p *pool) serveLocked(r result) {
+	p.waiters[0] <- r // never blocks: one result for each
+	p.waiters = p.waiters[1:]
+}
+
+// putBack takes an unused key. The caller must not have given it to any file.
+func (p *pool) putBack(f *crypt.Fresh) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed || len(p.ready) >= max(p.max, 1) || len(f.Header.Copies) != 1 || f.Header.Copies[0].Key != p.current() {
+		wipeFresh(f)
+		return
+	}
+	p.addLocked(f)
+}
+
+func wipeFresh(f *crypt.Fresh) {
+	if f != nil {
+		f.Secrets.Wipe()
+	}
+}
+
+func (p *pool) sweep() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.sweeper = nil
+	p.expireLocked(time.Now())
+	if len(p.ready) > 0 {
+		p.sweeper = time.AfterFunc(max(p.age-time.Since(p.ready[0].born), p.age/10), p.sweep)
+	}
+}
+
+func (p *pool) expireLocked(now time.Time) {
+	for len(p.ready) > 0 && now.Sub(p.ready[0].born) >= p.age {
+		wipeFresh(p.ready[0].fresh)
+		p.ready = p.ready[1:]
+	}
+}
+
+// drop wipes everything fetched so far, answers on their way included: the
+// trusted list changed. Waiters go on waiting, for a key of the new kind.
+func (p *pool) drop() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.dropLocked()
+	p.ctx, p.cancel = context.WithCancel(p.base)
+	p.refillLocked()
+}
+
+func (p *pool) dropLocked() {
+	p.cancel()
+	p.gen++
+	p.inflight, p.failed, p.penalty, p.retryAt = 0, nil, 0, time.Time{}
+	for _, s := range p.ready {
+		wipeFresh(s.fresh)
+	}
+	p.ready = nil
+}
+
+func (p *pool) close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closed = true
+	p.dropLocked()
+	for len(p.waiters) > 0 {
+		p.serveLocked(result{err: newError(KindUnavailable, opGenerate, p.current(), errClosed)})
+	}
+	if p.sweeper != nil {
+		p.sweeper.Stop()
+	}
+}
+
+func (p *pool) addTo(s *Stats) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s.PoolHits, s.PoolWaits, s.PoolWaited, s.PoolReady = p.hits, p.waits, p.waited, len(p.ready)
+}

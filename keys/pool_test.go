@@ -1,0 +1,239 @@
+package keys
+
+import (
+	"context"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"kmsfs/crypt"
+)
+
+// poolTest runs a test on a ring whose key service takes as long as given, in
+// fake time, and checks that nothing is left alive.
+func poolTest(t *testing.T, latency time.Duration, test func(*testing.T, *fake, *Ring)) {
+	t.Helper()
+	before := crypt.LiveKeys()
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake()
+		f.before = slow(latency)
+		r := NewRing(RingOptions{Volume: testVolume, Trusted: []string{arnA}, Provider: f})
+		defer synctest.Wait()
+		defer r.Close()
+		test(t, f, r)
+	})
+	require.Equal(t, before, crypt.LiveKeys())
+}
+
+func take(t testing.TB, r *Ring) *crypt.Fresh {
+	t.Helper()
+	f, err := r.Fresh(context.Background())
+	require.NoError(t, err)
+	return f
+}
+
+// TestSlowDemandFetchesNothingAhead: a file now and then costs its one call.
+func TestSlowDemandFetchesNothingAhead(t *testing.T) {
+	poolTest(t, 10*time.Millisecond, func(t *testing.T, f *fake, r *Ring) {
+		for range 30 {
+			wipeFresh(take(t, r))
+			time.Sleep(time.Second)
+		}
+		require.Equal(t, 30, f.count())
+		require.Zero(t, r.Stats().PoolReady)
+	})
+}
+
+// TestInstantService: nothing is gained by fetching ahead.
+func TestInstantService(t *testing.T) {
+	poolTest(t, 0, func(t *testing.T, f *fake, r *Ring) {
+		for range 100 {
+			wipeFresh(take(t, r))
+			time.Sleep(time.Millisecond)
+		}
+		require.Equal(t, 100, f.count())
+	})
+}
+
+// TestBurst: unpacking an archive soon stops waiting for KMS, and at most the
+// pool's size is fetched in vain.
+func TestBurst(t *testing.T) {
+	poolTest(t, 10*time.Millisecond, func(t *testing.T, f *fake, r *Ring) {
+		start := time.Now()
+		const creates = 5000
+		for range creates {
+			wipeFresh(take(t, r))
+			time.Sleep(500 * time.Microsecond) // the program's own work
+		}
+		took := time.Since(start)
+		require.Less(t, took, 3*time.Second, "one by one it would be 52 s; alone the program takes 2.5 s")
+		synctest.Wait()
+		time.Sleep(time.Second)
+		require.LessOrEqual(t, f.count(), creates+defaultPoolSize)
+		s := r.Stats()
+		require.EqualValues(t, creates, s.PoolHits+s.PoolWaits)
+		require.Greater(t, s.PoolHits, s.PoolWaits*10)
+		require.NotZero(t, s.PoolWaited)
+
+		time.Sleep(poolAge + time.Second)
+		require.Zero(t, r.Stats().PoolReady, "what is left is wiped when it is old, and not fetched again")
+		require.LessOrEqual(t, f.count(), creates+defaultPoolSize)
+	})
+}
+
+// TestParallelCreates: many at once wait for one round trip, not in a row.
+func TestParallelCreates(t *testing.T) {
+	poolTest(t, 10*time.Millisecond, func(t *testing.T, f *fake, r *Ring) {
+		start := time.Now()
+		done := make(chan *crypt.Fresh)
+		for range 200 {
+			go func() { done <- take(t, r) }()
+		}
+		seen := map[crypt.FileID]bool{}
+		for range 200 {
+			k := <-done
+			require.False(t, seen[k.Header.File], "no key is given out twice")
+			seen[k.Header.File] = true
+			wipeFresh(k)
+		}
+		require.LessOrEqual(t, time.Since(start), 50*time.Millisecond)
+		require.LessOrEqual(t, f.count(), 200+defaultPoolSize)
+	})
+}
+
+func TestReturnedKeyIsUsedAgain(t *testing.T) {
+	poolTest(t, 10*time.Millisecond, func(t *testing.T, f *fake, r *Ring) {
+		for range 10 {
+			r.Return(take(t, r))
+			time.Sleep(time.Second)
+		}
+		require.Equal(t, 1, f.count())
+	})
+}
+
+// TestReturnServesAWaiter: someone may be waiting for just that.
+func TestReturnServesAWaiter(t *testing.T) {
+	poolTest(t, time.Minute, func(t *testing.T, f *fake, r *Ring) {
+		f.before = nil
+		k := take(t, r)
+		f.before = slow(time.Hour)
+		got := make(chan *crypt.Fresh)
+		go func() { got <- take(t, r) }()
+		synctest.Wait()
+		r.Return(k)
+		require.Equal(t, k, <-got)
+		wipeFresh(k)
+	})
+}
+
+// TestEmptyPoolWaitsAsLongAsTheCaller: a create waits 2 s, whatever KMS does.
+func TestEmptyPoolWaitsAsLongAsTheCaller(t *testing.T) {
+	poolTest(t, 5*time.Second, func(t *testing.T, f *fake, r *Ring) {
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		defer cancel()
+		start := time.Now()
+		_, err := r.Fresh(ctx)
+		require.ErrorIs(t, err, crypt.ErrKeyTimeout)
+		require.Equal(t, 2*time.Second, time.Since(start))
+		time.Sleep(4 * time.Second)
+		require.Equal(t, 1, r.Stats().PoolReady, "its key came later and waits for the next")
+		wipeFresh(take(t, r))
+		require.Equal(t, 1, f.count())
+
+		gone, stop := context.WithCancel(context.Background())
+		time.AfterFunc(time.Second, stop)
+		_, err = r.Fresh(gone)
+		require.ErrorIs(t, err, crypt.ErrInterrupted)
+	})
+}
+
+// TestDeniedKey: each waiter gets the failure, the key is not hammered, and it
+// heals by itself.
+func TestDeniedKey(t *testing.T) {
+	poolTest(t, 0, func(t *testing.T, f *fake, r *Ring) {
+		f.before = failing(map[string]Kind{arnA: KindDisabled})
+		start := time.Now()
+		for time.Since(start) < time.Minute {
+			_, err := r.Fresh(context.Background())
+			require.ErrorIs(t, err, crypt.ErrKeyDisabled)
+			time.Sleep(time.Millisecond)
+		}
+		require.LessOrEqual(t, f.count(), 20, "60,000 creates failed")
+		f.before = nil
+		time.Sleep(maxPenalty)
+		wipeFresh(take(t, r))
+		wipeFresh(take(t, r))
+	})
+}
+
+func TestFailureReachesEveryWaiter(t *testing.T) {
+	poolTest(t, 0, func(t *testing.T, f *fake, r *Ring) {
+		f.before = func(ctx context.Context, op, key string) error {
+			time.Sleep(time.Second)
+			return newError(KindDenied, op, key, nil)
+		}
+		done := make(chan error)
+		for range 200 { // more than are fetched at a time
+			go func() {
+				_, err := r.Fresh(context.Background())
+				done <- err
+			}()
+		}
+		start := time.Now()
+		for range 200 {
+			require.ErrorIs(t, <-done, crypt.ErrKeyDenied)
+		}
+		require.LessOrEqual(t, time.Since(start), time.Second)
+		require.LessOrEqual(t, f.count(), defaultPoolSize)
+	})
+}
+
+// TestOneFailureAmongMany: it goes to nobody while another fetch serves.
+func TestOneFailureAmongMany(t *testing.T) {
+	poolTest(t, 0, func(t *testing.T, f *fake, r *Ring) {
+		first := true
+		f.before = func(ctx context.Context, op, key string) error {
+			if first {
+				first = false
+				time.Sleep(time.Second)
+				return newError(KindUnavailable, op, key, nil)
+			}
+			time.Sleep(2 * time.Second)
+			return nil
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
+		_, err := r.Fresh(ctx) // leaves a fetch behind that will fail
+		require.Error(t, err)
+		cancel()
+		r.Forget() // and now it belongs to nobody
+		wipeFresh(take(t, r))
+	})
+}
+
+// TestWaitersSurviveAChangeOfKeys: they get a key of the new list.
+func TestWaitersSurviveAChangeOfKeys(t *testing.T) {
+	poolTest(t, 0, func(t *testing.T, f *fake, r *Ring) {
+		f.before = func(ctx context.Context, op, key string) error {
+			if key == arnA {
+				return slow(time.Hour)(ctx, op, key)
+			}
+			return slow(10*time.Millisecond)(ctx, op, key)
+		}
+		time.AfterFunc(time.Second, func() { r.SetTrusted([]string{arnB}) })
+		start := time.Now()
+		k := take(t, r)
+		defer wipeFresh(k)
+		require.Equal(t, arnB, k.Header.Copies[0].Key)
+		require.Equal(t, time.Second+10*time.Millisecond, time.Since(start))
+	})
+}
+
+func TestCloseFreesWaiters(t *testing.T) {
+	poolTest(t, time.Hour, func(t *testing.T, f *fake, r *Ring) {
+		time.AfterFunc(time.Second, r.Close)
+		_, err := r.Fresh(context.Background())
+		require.ErrorIs(t, err, errClosed)
+	})
+}

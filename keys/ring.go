@@ -1,0 +1,181 @@
+package keys
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"kmsfs/crypt"
+)
+
+// Defaults of RingOptions.
+const (
+	defaultCacheKeys = 16384
+	defaultCacheAge  = 10 * time.Minute
+	defaultPoolSize  = 64
+)
+
+// RingOptions say which volume a ring serves, under which keys.
+type RingOptions struct {
+	Volume    crypt.VolumeID
+	BlockLog2 uint8    // of the volume's block size; 0 = the default block size
+	Trusted   []string // key names in the client's order of preference; the first wraps new keys
+	Provider  Provider
+
+	Deadline  time.Duration // of one open or fetch, retries and all copies included; 10 s
+	CacheKeys int           // data keys remembered; 0 = 16,384, negative = none
+	CacheAge  time.Duration // how long a data key is remembered; 10 min
+	PoolSize  int           // fresh keys fetched ahead at most; 0 = 64, negative = none
+}
+
+func (o *RingOptions) setDefaults() {
+	if o.BlockLog2 == 0 {
+		o.BlockLog2 = 12
+	}
+	if o.Deadline <= 0 {
+		o.Deadline = defaultDeadline
+	}
+	if o.CacheKeys == 0 {
+		o.CacheKeys = defaultCacheKeys
+	}
+	if o.CacheAge <= 0 {
+		o.CacheAge = defaultCacheAge
+	}
+	if o.PoolSize == 0 {
+		o.PoolSize = defaultPoolSize
+	}
+}
+
+// A Ring opens and makes the data keys of one volume, under the keys that this
+// client trusts and no others. It is safe for concurrent use; none of its
+// methods may be called with an inode locked, for Open and Fresh can wait for
+// the network as long as their context or the deadline allows.
+type Ring struct {
+	core    *wrapper
+	counted *counted
+	cache   *cache
+	flight  *flight
+	pool    *pool
+
+	deadline time.Duration
+	cancel   context.CancelFunc // ends every call
+}
+
+// NewRing makes a ring. It calls nobody.
+func NewRing(o RingOptions) *Ring {
+	o.setDefaults()
+	base, cancel := context.WithCancel(context.Background())
+	r := &Ring{counted: newCounted(o.Provider), deadline: o.Deadline, cancel: cancel}
+	r.core = newWrapper(r.counted, o.Volume, o.BlockLog2, o.Trusted)
+	r.cache = newCache(r.core, o.CacheKeys, o.CacheAge)
+	r.flight = newFlight(base, r.cache, o.Deadline)
+	r.pool = newPool(base, r.core, r.first, max(o.PoolSize, 0), o.Deadline)
+	return r
+}
+
+// first is the key for new data keys, for messages.
+func (r *Ring) first() string {
+	if keys := r.core.keys(); len(keys) > 0 {
+		return keys[0]
+	}
+	return "no key"
+}
+
+// Open returns the secrets of a header, from the cache or from the key service;
+// the caller wipes them. Errors are an *Error, or crypt.ErrForeign or
+// crypt.ErrDamaged for a header that was never asked about.
+func (r *Ring) Open(ctx context.Context, h *crypt.Header) (*crypt.Secrets, error) {
+	// Trust is asked before the cache: a header that lost its last trusted copy
+	// is not opened from memory either.
+	if _, err := r.core.check(h); err != nil {
+		return nil, err
+	}
+	if o, ok := r.cache.peek(&h.Identity); ok {
+		return o.secrets, nil
+	}
+	o, err := r.flight.open(ctx, h)
+	if err != nil {
+		return nil, fmt.Errorf("opening a data key: %w", err)
+	}
+	return o.secrets, nil
+}
+
+// Fresh returns a data key that no file uses yet, from those fetched ahead if
+// there is one. With none it waits as long as ctx allows. The caller gives it to
+// one file, or back with Return.
+func (r *Ring) Fresh(ctx context.Context) (*crypt.Fresh, error) {
+	f, err := r.pool.take(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("getting a fresh data key: %w", err)
+	}
+	return f, nil
+}
+
+// Return takes back a key from Fresh that was given to no file. It may be nil.
+func (r *Ring) Return(f *crypt.Fresh) {
+	if f != nil {
+		r.pool.putBack(f)
+	}
+}
+
+// NewKey makes one data key now, past the pool.
+func (r *Ring) NewKey(ctx context.Context, use crypt.Use) (*crypt.Fresh, error) {
+	ctx, cancel := context.WithTimeout(ctx, r.deadline)
+	defer cancel()
+	f, err := r.core.make(ctx, use)
+	if err != nil {
+		return nil, fmt.Errorf("making a data key: %w", err)
+	}
+	return f, nil
+}
+
+// Trusted is the list of trusted keys in order.
+func (r *Ring) Trusted() []string { return append([]string(nil), r.core.keys()...) }
+
+// SetTrusted replaces the list. Fresh keys fetched under the old one are wiped,
+// and so is what was opened under a key no longer listed.
+func (r *Ring) SetTrusted(keys []string) {
+	r.core.setTrusted(keys)
+	r.cache.retain(keys)
+	r.pool.drop()
+}
+
+// Forget wipes every key that is remembered or was fetched ahead; the ring goes on.
+func (r *Ring) Forget() {
+	r.cache.retain(nil)
+	r.pool.drop()
+}
+
+// Close wipes every key and ends calls under way. Clones handed out stay with
+// their owners.
+func (r *Ring) Close() {
+	r.cancel()
+	r.pool.close()
+	r.cache.close()
+}
+
+// Stats are counters since the ring was made.
+type Stats struct {
+	Calls    map[string]int64 // of the key service, by operation
+	Failures map[string]int64 // of those, by kind of failure
+	CallTime time.Duration    // spent in them, summed
+
+	CacheHits, CacheMisses int64
+	CacheKeys              int   // remembered now
+	Coalesced              int64 // opens that joined another's call
+
+	PoolHits   int64         // fresh keys that were ready
+	PoolWaits  int64         // fresh keys that had to be waited for
+	PoolWaited time.Duration // time spent waiting for them
+	PoolReady  int           // fetched ahead now
+}
+
+// Stats reads the counters.
+func (r *Ring) Stats() Stats {
+	var s Stats
+	r.counted.addTo(&s)
+	r.cache.addTo(&s)
+	r.flight.addTo(&s)
+	r.pool.addTo(&s)
+	return s
+}

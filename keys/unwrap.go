@@ -1,0 +1,228 @@
+package keys
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"kmsfs/crypt"
+)
+
+// opened is a data key that was proved to be the one a header commits to, and
+// the trusted key that opened it.
+type opened struct {
+	secrets *crypt.Secrets
+	key     string
+}
+
+func (o opened) clone() (opened, error) {
+	s, err := o.secrets.Clone()
+	return opened{s, o.key}, err
+}
+
+// An opener turns a header into its data key. The ring's decorators are openers
+// over openers. Whoever gets an opened value wipes its secrets.
+type opener interface {
+	open(ctx context.Context, h *crypt.Header) (opened, error)
+}
+
+// A maker makes data keys that no file uses yet.
+type maker interface {
+	make(ctx context.Context, use crypt.Use) (*crypt.Fresh, error)
+}
+
+// outageMemory is how long a key whose service did not answer gets only a short
+// first chance, so that a dead region does not cost every open half the deadline.
+const (
+	outageMemory = 30 * time.Second
+	outageChance = time.Second
+)
+
+// A wrapper is the core of a ring: it calls the provider, and only ever with
+// keys of the trusted list.
+type wrapper struct {
+	provider  Provider
+	volume    crypt.VolumeID
+	blockLog2 uint8
+
+	mu      sync.Mutex
+	trusted []string             // guarded by mu; never changed in place; the order is the client's preference
+	outages map[string]time.Time // guarded by mu; by key: when its memory ends
+}
+
+func newWrapper(p Provider, volume crypt.VolumeID, blockLog2 uint8, trusted []string) *wrapper {
+	return &wrapper{provider: p, volume: volume, blockLog2: blockLog2,
+		trusted: append([]string(nil), trusted...), outages: map[string]time.Time{}}
+}
+
+func (w *wrapper) keys() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.trusted
+}
+
+func (w *wrapper) setTrusted(keys []string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.trusted = append([]string(nil), keys...)
+}
+
+// A candidate is a copy of a header and the trusted key to open it with.
+type candidate struct {
+	key  string // from the trusted list; decides which key in which region is called
+	blob []byte
+}
+
+// candidates lists the copies that may be tried, in the client's order. A
+// header's label only selects from the trusted list.
+func candidates(trusted []string, h *crypt.Header) []candidate {
+	var out []candidate
+	for _, key := range trusted {
+		for _, exact := range []bool{true, false} { // a replica's own label before its siblings'
+			for _, c := range h.Copies {
+				if (c.Key == key) == exact && crypt.SameKey(c.Key, key) {
+					out = append(out, candidate{key, c.Blob})
+				}
+			}
+		}
+	}
+	return out
+}
+
+// check refuses a header that must not reach the provider.
+func (w *wrapper) check(h *crypt.Header) ([]candidate, error) {
+	if h.Volume != w.volume {
+		return nil, fmt.Errorf("the header names volume %s, this is %s: %w", h.Volume, w.volume, crypt.ErrForeign)
+	}
+	if h.BlockLog2 != w.blockLog2 {
+		return nil, fmt.Errorf("the header says blocks of %d bytes, the volume has %d: %w", h.BlockSize(), 1<<w.blockLog2, crypt.ErrDamaged)
+	}
+	c := candidates(w.keys(), h)
+	if len(c) == 0 {
+		names := make([]string, len(h.Copies))
+		for i := range h.Copies {
+			names[i] = h.Copies[i].Key
+		}
+		return nil, newError(KindRejected, opDecrypt, strings.Join(names, ", "), errUntrusted)
+	}
+	return c, nil
+}
+
+var errUntrusted = errors.New("this client does not trust the key for this volume")
+
+// open implements opener. The copy whose key stands first in the client's order
+// governs: if that key refuses, the header stays closed, whatever other copies
+// there are. Only its outage, or a blob that fails, tries the next.
+func (w *wrapper) open(ctx context.Context, h *crypt.Header) (opened, error) {
+	list, err := w.check(h)
+	if err != nil {
+		return opened{}, err
+	}
+	var verdict error
+	for i, c := range list {
+		s, err := w.openCopy(ctx, h, c, len(list)-i)
+		if err == nil {
+			return opened{s, c.key}, nil
+		}
+		kind := kindOf(err)
+		if ctx.Err() != nil || kind == KindInterrupted {
+			return opened{}, firstOr(verdict, err)
+		}
+		badBlob := kind == KindBadBlob || kind == KindIncorrectKey
+		if c.key == list[0].key && !kind.Outage() && !badBlob {
+			return opened{}, err
+		}
+		verdict = weightier(verdict, err)
+	}
+	return opened{}, verdict
+}
+
+func firstOr(a, b error) error {
+	if a != nil {
+		return a
+	}
+	return b
+}
+
+// weightier keeps the governing copy's failure, unless that was a bad blob and
+// another copy may open once an outage is over: EBADMSG would be premature.
+func weightier(verdict, err error) error {
+	if verdict == nil || errors.Is(verdict, crypt.ErrDamaged) && kindOf(err).Outage() {
+		return err
+	}
+	return verdict
+}
+
+// openCopy unwraps one copy and proves it against the commitment.
+func (w *wrapper) openCopy(ctx context.Context, h *crypt.Header, c candidate, left int) (*crypt.Secrets, error) {
+	ctx, cancel := context.WithTimeout(ctx, w.budget(ctx, c.key, left))
+	defer cancel()
+	k, err := w.provider.Decrypt(ctx, c.key, h.EncryptionContext(w.volume), c.blob)
+	w.remember(c.key, err)
+	if err != nil {
+		return nil, err
+	}
+	defer k.Wipe()
+	s, err := crypt.Unlock(h.Identity, k)
+	if err != nil {
+		return nil, newError(KindBadBlob, opDecrypt, c.key, err)
+	}
+	return s, nil
+}
+
+// budget is how long one of the copies left to try may take: most of the time
+// if there are others, so that they still get a turn before the deadline.
+func (w *wrapper) budget(ctx context.Context, key string, left int) time.Duration {
+	remaining := defaultDeadline
+	if end, ok := ctx.Deadline(); ok {
+		remaining = time.Until(end)
+	}
+	if left <= 1 {
+		return remaining
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if time.Now().Before(w.outages[key]) {
+		return min(outageChance, remaining/2)
+	}
+	return remaining * 6 / 10
+}
+
+// remember notes whether a key's service answers.
+func (w *wrapper) remember(key string, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.outages, key)
+	if err == nil {
+		return
+	}
+	if k := kindOf(err); k == KindUnavailable || k == KindTimeout {
+		w.outages[key] = time.Now().Add(outageMemory)
+	}
+}
+
+// make implements maker: file id and data key together, so that the encryption
+// context is right, under the first trusted key.
+func (w *wrapper) make(ctx context.Context, use crypt.Use) (*crypt.Fresh, error) {
+	trusted := w.keys()
+	if len(trusted) == 0 {
+		return nil, newError(KindRejected, opGenerate, "no key", errors.New("this client trusts no key for this volume"))
+	}
+	id, err := crypt.NewIdentity(w.volume, use, w.blockLog2)
+	if err != nil {
+		return nil, err
+	}
+	k, blob, err := w.provider.GenerateDataKey(ctx, trusted[0], id.EncryptionContext(w.volume))
+	if err != nil {
+		return nil, err
+	}
+	defer k.Wipe()
+	s, err := crypt.Commit(&id, k)
+	if err != nil {
+		return nil, fmt.Errorf("committing to a fresh data key: %w", err)
+	}
+	return &crypt.Fresh{Header: &crypt.Header{Identity: id, Copies: []crypt.Copy{{Key: trusted[0], Blob: blob}}}, Secrets: s}, nil
+}
