@@ -1,0 +1,134 @@
+package config
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+func write(t *testing.T, path, text string) string {
+	t.Helper()
+	require.NoError(t, os.MkdirAll(filepath.Dir(path), 0o755))
+	require.NoError(t, os.WriteFile(path, []byte(text), 0o644))
+	return path
+}
+
+// The shipped example names every key with its default: parsing it strictly
+// changes nothing but the sample volume.
+func TestExampleIsTheDefault(t *testing.T) {
+	c := Default()
+	c.Init.Names, c.KMS.Deadline, c.Rekey.Jobs = "plain", 1, 1 // must be overridden
+	require.NoError(t, c.merge("example.toml", Example))
+	want := Default()
+	want.Init.Keys, want.Mount.Options = []string{}, []string{}
+	want.Volume = map[string]Volume{strings.Repeat("0", 32): {Keys: []string{}, AcceptKeys: []string{}}}
+	require.Equal(t, want, c)
+}
+
+// Every key of the structs stands in the example.
+func TestExampleIsComplete(t *testing.T) {
+	for _, key := range keysOf(t) {
+		require.Contains(t, string(Example), "\n"+key+" = ", "example.toml does not show %s", key)
+	}
+}
+
+func keysOf(t *testing.T) (keys []string) {
+	t.Helper()
+	for _, f := range []string{"config.go"} {
+		src, err := os.ReadFile(f)
+		require.NoError(t, err)
+		for _, line := range strings.Split(string(src), "\n") {
+			_, tag, ok := strings.Cut(line, "`toml:\"")
+			if !ok {
+				continue
+			}
+			key, _, _ := strings.Cut(tag, "\"")
+			switch key {
+			case "init", "mount", "kms", "rekey", "volume":
+				continue // sections
+			}
+			keys = append(keys, key)
+		}
+	}
+	require.Greater(t, len(keys), 20)
+	return keys
+}
+
+func TestLaterFilesOverrideEarlier(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("XDG_CONFIG_HOME", dir)
+	write(t, filepath.Join(dir, "kmsfs/config.toml"), "require_kms = true\n[kms]\ndeadline = '3s'\n[rekey]\njobs = 4\n")
+	extra := write(t, filepath.Join(dir, "extra.toml"), "[kms]\ndeadline = '5s'\n")
+
+	c, err := Load(extra)
+	require.NoError(t, err)
+	require.True(t, c.RequireKMS)
+	require.Equal(t, Duration(5*time.Second), c.KMS.Deadline)
+	require.Equal(t, 4, c.Rekey.Jobs)
+	require.Equal(t, "encrypted", c.Init.Names)
+}
+
+func TestFaults(t *testing.T) {
+	id := strings.Repeat("a", 32)
+	for name, tc := range map[string]struct{ text, want string }{
+		"unknown key":        {"require_kms = true\n\nrequire_kmz = true\n", `c.toml:3: unknown key "require_kmz"`},
+		"unknown in section": {"[mount]\nread_only = true\nreadonly = true\n", `c.toml:3: unknown key "mount.readonly"`},
+		"two unknown":        {"a = 1\nb = 2\n", `c.toml:2: unknown key "b"`},
+		"wrong type":         {"\n[mount]\nread_only = 'yes'\n", "c.toml:3:"},
+		"syntax":             {"[mount\n", "c.toml:1:"},
+		"duration":           {"[kms]\ndeadline = 'soon'\n", "is not a duration"},
+		"negative duration":  {"[kms]\ndeadline = '-1s'\n", "is not a duration"},
+		"values, first":      {"[init]\nnames = 'x'\nblock_size = 5000\n", "init.names"},
+		"values, second":     {"[init]\nnames = 'x'\nblock_size = 5000\n", "init.block_size"},
+		"jobs":               {"[rekey]\njobs = 0\n", "rekey.jobs"},
+		"volume id":          {"[volume.abc]\nkeys = []\n", "is not a volume id"},
+		"key":                {"[volume.\"" + id + "\"]\nkeys = ['alias/x']\n", "neither a KMS key ARN nor local:NAME"},
+		"log file":           {"[mount]\nlog_file = 'x.log'\n", "absolute"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := Default()
+			err := c.merge("c.toml", []byte(tc.text))
+			require.ErrorContains(t, err, tc.want)
+			require.Equal(t, Default(), c, "a faulty file must change nothing")
+		})
+	}
+}
+
+func TestExplicitFileMustExist(t *testing.T) {
+	t.Setenv("XDG_CONFIG_HOME", t.TempDir())
+	_, err := Load("")
+	require.NoError(t, err)
+	_, err = Load(filepath.Join(t.TempDir(), "none.toml"))
+	require.ErrorIs(t, err, os.ErrNotExist)
+}
+
+func TestPlaces(t *testing.T) {
+	t.Setenv("XDG_STATE_HOME", "/s")
+	t.Setenv("XDG_CONFIG_HOME", "/c")
+	t.Setenv("XDG_RUNTIME_DIR", "/r")
+	t.Setenv("KMSFS_KEYRING", "")
+	get := func(dir string, err error) string {
+		require.NoError(t, err)
+		return dir
+	}
+	require.Equal(t, "/s/kmsfs/known_volumes.toml", get(PinsFile()))
+	require.Equal(t, "/r/kmsfs", get(RuntimeDir()))
+	c := Default()
+	require.Equal(t, "/c/kmsfs/keys", get(c.KeyringDir()))
+	c.Keyring = "/k"
+	require.Equal(t, "/k", get(c.KeyringDir()))
+	t.Setenv("KMSFS_KEYRING", "/e")
+	require.Equal(t, "/e", get(c.KeyringDir()))
+
+	t.Setenv("XDG_STATE_HOME", "")
+	t.Setenv("HOME", "/h")
+	if os.Geteuid() == 0 {
+		require.Equal(t, "/var/lib/kmsfs", get(StateDir()))
+		return
+	}
+	require.Equal(t, "/h/.local/state/kmsfs", get(StateDir()))
+}

@@ -1,0 +1,157 @@
+package rekey
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/crypt"
+	"kmsfs/volume"
+)
+
+// look reads an item's header and says which copy, if any, is to be replaced.
+// No key service is asked, and whatever the header claims only selects from the
+// trusted list.
+func (j *job) look(fd int) (raw []byte, h *crypt.Header, source string, out Outcome, err error) {
+	raw, err = volume.ReadHeader(fd)
+	if err != nil && !errors.Is(err, crypt.ErrDamaged) {
+		return nil, nil, "", Failed, fmt.Errorf("reading the header: %w", err)
+	}
+	if err == nil {
+		h, err = j.tree.ParseHeader(raw)
+	}
+	if err != nil {
+		return nil, nil, "", Bad, err
+	}
+	source, out, err = j.source(h)
+	return raw, h, source, out, err
+}
+
+// source picks the copy to replace: the one under --from, or the only one.
+func (j *job) source(h *crypt.Header) (string, Outcome, error) {
+	if j.o.From != "" {
+		if exact(h, j.o.From) != nil {
+			return j.o.From, "", nil
+		}
+		return "", Already, nil
+	}
+	var others []string
+	for _, c := range h.Copies {
+		if c.Key != j.o.To {
+			others = append(others, c.Key)
+		}
+	}
+	switch {
+	case len(others) == 0:
+		return "", Already, nil
+	case len(others) > 1:
+		return "", Failed, fmt.Errorf("its header has copies under %s: %w", strings.Join(others, " and "), ErrAmbiguous)
+	case !j.trusts(others[0]):
+		return "", Bad, fmt.Errorf("its header is under %s: %w", others[0], ErrUntrusted)
+	}
+	return others[0], "", nil
+}
+
+// file moves one file to the new key.
+func (j *job) file(ctx context.Context, it *volume.Item) (Outcome, error) {
+	fd, out, err := open(it)
+	if fd < 0 {
+		return out, err
+	}
+	defer unix.Close(fd)
+	for range restarts {
+		out, err = j.fileOnce(ctx, fd)
+		if !errors.Is(err, volume.ErrHeaderChanged) {
+			break
+		}
+	}
+	return out, err
+}
+
+// open opens an item without needing a permission of its file. fd is -1 if the
+// outcome is settled already.
+func open(it *volume.Item) (fd int, out Outcome, err error) {
+	if it.Stat.Size == 0 {
+		return -1, Empty, nil
+	}
+	fd, err = it.Open(unix.O_PATH)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESTALE) {
+		// Deleted, renamed or replaced since it was listed. Whatever came in its
+		// place was made under the new key, or is met by the next pass.
+		return -1, Gone, nil
+	}
+	if err != nil {
+		return -1, Failed, fmt.Errorf("opening the file: %w", err)
+	}
+	return fd, "", nil
+}
+
+func (j *job) fileOnce(ctx context.Context, fd int) (Outcome, error) {
+	raw, h, source, out, err := j.look(fd)
+	if source == "" {
+		return out, err
+	}
+	if err := j.fits(fd, raw, h, source); err != nil {
+		return Failed, err
+	}
+	c, err := j.rewrap(ctx, h, source)
+	if err != nil {
+		return Failed, fmt.Errorf("rewrapping its key from %s to %s: %w", source, j.o.To, err)
+	}
+	next, err := replaceCopy(h, c, source, j.o.To).Marshal()
+	if err != nil {
+		return Failed, fmt.Errorf("its new header: %w", err)
+	}
+	if err := j.at("file-rewrapped"); err != nil {
+		return Failed, err
+	}
+	if err := volume.ReplaceHeader(fd, raw, next); err != nil {
+		return Failed, fmt.Errorf("replacing its header: %w", err)
+	}
+	return Rewrapped, nil
+}
+
+// fits refuses, before a call is paid for, a file whose header would not fit
+// beside the user's own attributes. A copy under the new key is as long as the
+// volume key's.
+func (j *job) fits(fd int, raw []byte, h *crypt.Header, source string) error {
+	probe := replaceCopy(h, crypt.Copy{Key: j.o.To, Blob: make([]byte, max(j.blobSize, 1))}, source, j.o.To)
+	size, err := probe.Marshal()
+	if err != nil {
+		return fmt.Errorf("its new header: %w", err)
+	}
+	if len(size) <= len(raw) {
+		return nil
+	}
+	if err := volume.HeaderFits(fd, len(size)); err != nil {
+		return fmt.Errorf("a header of %d bytes does not fit beside the file's other attributes: %w", len(size), err)
+	}
+	return nil
+}
+
+// rewrap is the one place that asks the key service.
+func (j *job) rewrap(ctx context.Context, h *crypt.Header, source string) (crypt.Copy, error) {
+	route, err := j.rw.Route(source, j.o.To)
+	if err != nil {
+		return crypt.Copy{}, err
+	}
+	for range route.Calls {
+		if err := j.limit.Wait(ctx); err != nil {
+			return crypt.Copy{}, err
+		}
+	}
+	j.calls.Add(int64(route.Calls))
+	c, err := j.rw.Rewrap(ctx, h, source, j.o.To)
+	if err != nil {
+		j.failures.Add(1)
+		return c, err
+	}
+	j.failures.Store(0)
+	if c.Key != j.o.To {
+		return c, fmt.Errorf("the key service answered for %s: %w", c.Key, crypt.ErrKeyRejected)
+	}
+	return c, nil
+}
