@@ -1,0 +1,48 @@
+// Package fs knows the kernel: it serves a volume's plaintext through FUSE.
+//
+// Mount mounts an unlocked volume.Volume and returns a Server, which lives until
+// somebody unmounts. A newcomer starts at mount.go, goes on to node.go (one node
+// for each inode the kernel knows), file.go (what is shared by all handles of a
+// regular file) and open.go (where keys come from).
+//
+// The network is needed in one place only: Keys. It is asked when a file with
+// contents is first opened (Open) and when an empty file is opened for writing,
+// created or emptied while a writer has it open (Fresh): before anything is cut
+// or created, so that a refusal is that call's errno. Everything else is local.
+//
+// # Objects
+//
+//   - node: go-fuse's idea of an inode, found by StableAttr (backing inode number
+//     and birth time). It remembers no path; the go-fuse tree knows its parent.
+//   - cachedDir: the volume.Dir (an O_PATH descriptor) of a directory node, in an
+//     LRU bounded by RLIMIT_NOFILE and reopened through the parent. Every call is
+//     one *at call on one component.
+//   - file: one for each backing regular file that is open, found by (device,
+//     inode, birth time), shared by all its links and handles: the descriptor
+//     (read-write from the first writable open on), the crypt.File with keys and
+//     authoritative size, the number of writers. Gone with its last handle.
+//   - handle: one open(2).
+//
+// # Locks, in this order; none is held while Keys is asked
+//
+//  1. file.mu: descriptor, who writes, installing a view. Local I/O may happen
+//     under it.
+//  2. file.modeMu: mode bits, while a header is set on a file that forbids
+//     writing (DESIGN 4.7).
+//  3. the locks inside crypt.File.
+//  4. fileTable.mu, dirCache.mu, node and limiter state: leaves, no call is made
+//     under them but close(2).
+//
+// The kernel holds locks of its own around requests: a directory's while it
+// creates, renames and unlinks in it, an inode's while it truncates or seeks. So
+// nothing here touches the mount itself. A notification to the kernel is sent
+// from a goroutine that holds no lock; the only handler that waits for one is
+// LSEEK, whose request pins no page (see node.flushBeyond).
+//
+// # What the kernel owns
+//
+// With the writeback cache, size, mtime and ctime of regular files are the
+// kernel's: dirty pages arrive later, in any order, through any handle that may
+// write. Hence reads through write-only handles are served, O_APPEND is stripped,
+// and gaps between writes are pending zeros until Settle.
+package fs

@@ -1,0 +1,263 @@
+package fs
+
+import (
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/crypt"
+	"kmsfs/volume"
+)
+
+// A file is a backing regular file in use: what its handles share.
+type file struct {
+	fs   *fileSystem
+	id   fileID
+	refs int // guarded by fileTable.mu
+
+	// store holds the descriptor; a read-only one is replaced at the first
+	// writable open. Replaced with mu held.
+	store store
+	// view is the plaintext: nil until somebody opens the file, then the same
+	// until the last handle is gone. Set with mu held.
+	view atomic.Pointer[crypt.File]
+
+	mu      sync.Mutex
+	old     []int     // guarded by mu; descriptors replaced, closed with the file
+	writers int       // guarded by mu; handles that may write
+	loading *loading  // guarded by mu; the open that is asking for the key
+	gaps    time.Time // guarded by mu; since when gaps have been seen pending
+
+	modeMu sync.Mutex // mode bits, while a header is being set (volume.Stored)
+}
+
+func newFile(fs *fileSystem, id fileID) *file {
+	f := &file{fs: fs, id: id}
+	f.store.f = f
+	return f
+}
+
+// descriptor is the file's descriptor, or -1 while it has none. It stays open for
+// as long as the caller uses the file, also when it is replaced.
+func (f *file) descriptor() int {
+	if d := f.store.cur.Load(); d != nil {
+		return d.fd
+	}
+	return -1
+}
+
+// A descriptor is an open backing file.
+type descriptor struct {
+	fd int
+	rw bool
+	*volume.Stored
+}
+
+// close ends a file that nobody uses.
+func (f *file) close() {
+	if v := f.view.Load(); v != nil {
+		v.Close()
+	}
+	for _, fd := range f.old {
+		unix.Close(fd)
+	}
+	if fd := f.descriptor(); fd >= 0 {
+		unix.Close(fd)
+	}
+}
+
+// install makes fd the file's descriptor. mu is held.
+func (f *file) install(fd int, rw bool) {
+	if before := f.descriptor(); before >= 0 {
+		f.old = append(f.old, before)
+	}
+	f.store.cur.Store(&descriptor{fd: fd, rw: rw, Stored: volume.NewBacking(fd)})
+}
+
+// ready opens the backing file, for writing too if rw is set. Writable handles
+// need both: the kernel reads through them to fill pages.
+func (f *file) ready(n *node, rw bool) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	d := f.store.cur.Load()
+	if d != nil && (d.rw || !rw) {
+		return f.fs.mayUse(d.fd, rw)
+	}
+	flags := unix.O_RDONLY
+	if rw {
+		flags = unix.O_RDWR
+	}
+	fd, err := f.openBacking(n, flags)
+	if err != nil {
+		return err
+	}
+	f.install(fd, rw)
+	return nil
+}
+
+// openBacking opens the backing file anew: through the descriptor there is, or
+// by name. O_DIRECT, O_APPEND and O_TRUNC never reach it.
+func (f *file) openBacking(n *node, flags int) (fd int, err error) {
+	if have := f.descriptor(); have >= 0 {
+		return reopen(have, flags)
+	}
+	err = n.viaName(func(orphan int) error {
+		fd, err = reopen(orphan, flags)
+		return err
+	}, func(d *volume.Dir, name string) error {
+		fd, err = d.Open(name, flags)
+		if err != nil {
+			return err
+		}
+		var st unix.Statx_t
+		if err = f.fs.statFd(fd, &st); err == nil {
+			err = n.check(&st)
+		}
+		if err != nil {
+			unix.Close(fd)
+		}
+		return err
+	})
+	return fd, err
+}
+
+// procPath names what fd refers to; opening it opens that inode, whatever became
+// of its names.
+func procPath(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
+
+func reopen(fd, flags int) (int, error) {
+	for {
+		n, err := unix.Open(procPath(fd), flags|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+		if err != unix.EINTR {
+			return n, err
+		}
+	}
+}
+
+// mayUse asks whether the file's mode lets this process open it, when no open(2)
+// is needed because there is a descriptor. Nothing stops root, and with
+// default_permissions the kernel has asked for the caller.
+func (fs *fileSystem) mayUse(fd int, rw bool) error {
+	if fs.priv {
+		return nil
+	}
+	mode := uint32(unix.R_OK)
+	if rw {
+		mode |= unix.W_OK
+	}
+	return unix.Faccessat(unix.AT_FDCWD, procPath(fd), mode, unix.AT_EACCESS)
+}
+
+// stat reads the attributes through a descriptor.
+func (f *file) stat(fd int, st *unix.Statx_t) error {
+	err := f.fs.statFd(fd, st)
+	if v := f.view.Load(); v != nil {
+		st.Size = uint64(v.Size())
+	}
+	return err
+}
+
+// leave ends a handle's use of the file; the last writer gives back a key that
+// was not needed. settleFor came before.
+func (f *file) leave(writer bool) {
+	var unused *crypt.Fresh
+	if writer {
+		f.mu.Lock()
+		f.writers--
+		if v := f.view.Load(); f.writers == 0 && v != nil {
+			unused = v.Unprime()
+		}
+		f.mu.Unlock()
+	}
+	if unused != nil {
+		f.fs.keys.Return(unused)
+	}
+	f.fs.files.release(f)
+}
+
+// settleFor settles the file if its last writer is about to leave.
+func (f *file) settleFor(writer bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if v := f.view.Load(); writer && f.writers == 1 && v != nil && v.Pending() {
+		if err := f.settleLocked(v); err != nil {
+			f.fs.log.trouble("writing the gaps of a file", f.id.ino, err)
+		}
+	}
+}
+
+func (f *file) settleNow(v *crypt.File) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.settleLocked(v)
+}
+
+// settleLocked makes pending gaps true on disk, and leaves the times as they
+// were: they are the kernel's to set, and nobody wrote. mu is held.
+func (f *file) settleLocked(v *crypt.File) error {
+	var st unix.Stat_t
+	fd := f.descriptor()
+	kept := unix.Fstat(fd, &st) == nil
+	err := v.Settle()
+	if kept && f.fs.opts.Writeback {
+		_ = volume.Utimens(fd, &[2]unix.Timespec{st.Atim, st.Mtim}) // costs only the time itself
+	}
+	f.gaps = time.Time{}
+	f.fs.stats.settles.Add(1)
+	return err
+}
+
+// store is a file's crypt.Backing: the descriptor of the moment.
+type store struct {
+	f   *file
+	cur atomic.Pointer[descriptor]
+}
+
+var _ crypt.Backing = (*store)(nil)
+
+func (s *store) ReadAt(p []byte, off int64) (int, error) { return s.cur.Load().ReadAt(p, off) }
+
+func (s *store) WriteAt(p []byte, off int64) (int, error) {
+	s.f.fs.tend.changed()
+	return s.cur.Load().WriteAt(p, off)
+}
+
+func (s *store) Truncate(stored int64) error {
+	s.f.fs.tend.changed()
+	return s.cur.Load().Truncate(stored)
+}
+
+func (s *store) Sync() error { return s.cur.Load().Sync() }
+
+// SetHeader may have to add to the mode for a moment: no chmod meanwhile.
+func (s *store) SetHeader(raw []byte) error {
+	s.f.modeMu.Lock()
+	defer s.f.modeMu.Unlock()
+	s.f.fs.tend.changed()
+	return s.cur.Load().SetHeader(raw)
+}
+
+func (s *store) SparseMark() ([]byte, error) { return s.cur.Load().SparseMark() }
+
+func (s *store) SetSparseMark(mark []byte) error {
+	s.f.modeMu.Lock()
+	defer s.f.modeMu.Unlock()
+	return s.cur.Load().SetSparseMark(mark)
+}
+
+func (s *store) PunchHole(off, n int64) error {
+	s.f.fs.tend.changed()
+	return s.cur.Load().PunchHole(off, n)
+}
+
+func (s *store) Allocate(off, n int64) error {
+	s.f.fs.tend.changed()
+	return s.cur.Load().Allocate(off, n)
+}
+
+func (s *store) SeekData(off int64) (int64, error) { return s.cur.Load().SeekData(off) }
+
+func (s *store) SeekHole(off int64) (int64, error) { return s.cur.Load().SeekHole(off) }

@@ -1,0 +1,68 @@
+package fs
+
+import "sync"
+
+// fileTable finds the open files by backing inode, so that hard links, renames
+// and handles share one.
+type fileTable struct {
+	mu   sync.Mutex
+	byID map[fileID]*file // guarded by mu
+}
+
+// acquire finds the file of a backing inode, or makes one that nobody has opened
+// yet. The caller releases it.
+func (t *fileTable) acquire(fs *fileSystem, id fileID) *file {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	f := t.byID[id]
+	if f == nil {
+		f = newFile(fs, id)
+		t.byID[id] = f
+	}
+	f.refs++
+	return f
+}
+
+// find returns the file of a backing inode if it is in use, or nil. The caller
+// releases it.
+func (t *fileTable) find(id fileID) *file {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	f := t.byID[id]
+	if f != nil {
+		f.refs++
+	}
+	return f
+}
+
+// release gives up a use; the last one wipes the keys and closes the file.
+func (t *fileTable) release(f *file) {
+	t.mu.Lock()
+	f.refs--
+	last := f.refs == 0
+	if last {
+		delete(t.byID, f.id)
+	}
+	t.mu.Unlock()
+	if last {
+		f.close()
+	}
+}
+
+func (t *fileTable) len() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.byID)
+}
+
+// all returns every file in use; the caller releases each.
+func (t *fileTable) all() []*file {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	list := make([]*file, 0, len(t.byID))
+	for _, f := range t.byID {
+		f.refs++
+		list = append(list, f)
+	}
+	return list
+}

@@ -1,0 +1,116 @@
+package fs
+
+import (
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"kmsfs/volume"
+)
+
+// rawFS wraps go-fuse's node file system, to see what its node API doesn't show:
+// with FUSE_HANDLE_KILLPRIV_V2 the kernel leaves it to us to clear setuid and
+// setgid bits when somebody without CAP_FSETID writes, and says so by flags in
+// WRITE, OPEN and SETXATTR (SETATTR reaches the node whole). Each becomes a
+// SETATTR that clears them. A CREATE never meets old contents here.
+//
+// It also carries the caller's umask to the nodes.
+type rawFS struct {
+	fuse.RawFileSystem
+	umask bool // the kernel leaves umasks to us (FUSE_DONT_MASK)
+}
+
+// kill clears the bits, as a SETATTR of the same request.
+func (r *rawFS) kill(cancel <-chan struct{}, header *fuse.InHeader, fh uint64) fuse.Status {
+	in := fuse.SetAttrIn{SetAttrInCommon: fuse.SetAttrInCommon{InHeader: *header, Valid: fuse.FATTR_KILL_SUIDGID}}
+	if fh != 0 {
+		in.Valid |= fuse.FATTR_FH
+		in.Fh = fh
+	}
+	var out fuse.AttrOut
+	return r.RawFileSystem.SetAttr(cancel, &in, &out)
+}
+
+// Write clears the bits before the bytes change, as the kernel would.
+func (r *rawFS) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {
+	if in.WriteFlags&fuse.WRITE_KILL_SUIDGID != 0 {
+		if code := r.kill(cancel, &in.InHeader, in.Fh); !code.Ok() {
+			return 0, code
+		}
+	}
+	return r.RawFileSystem.Write(cancel, in, data)
+}
+
+// Writev is what the server calls for every WRITE.
+func (r *rawFS) Writev(cancel <-chan struct{}, in *fuse.WriteIn, data [][]byte) (uint32, fuse.Status) {
+	if len(data) == 1 {
+		return r.Write(cancel, in, data[0])
+	}
+	return 0, fuse.ENOSYS // the server joins the pieces and calls Write
+}
+
+// Open clears the bits of a file that it emptied.
+func (r *rawFS) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	code := r.RawFileSystem.Open(cancel, in, out)
+	if code.Ok() && in.Mode&fuse.OPEN_KILL_SUIDGID != 0 {
+		r.kill(cancel, &in.InHeader, out.Fh)
+	}
+	return code
+}
+
+// SetXAttr clears setgid when an ACL is set by somebody outside the file's group.
+func (r *rawFS) SetXAttr(cancel <-chan struct{}, in *fuse.SetXAttrIn, attr string, data []byte) fuse.Status {
+	code := r.RawFileSystem.SetXAttr(cancel, in, attr, data)
+	if code.Ok() && in.SetXAttrFlags&fuse.SETXATTR_ACL_KILL_SGID != 0 {
+		r.kill(cancel, &in.InHeader, 0)
+	}
+	return code
+}
+
+// Create hands the umask on.
+func (r *rawFS) Create(cancel <-chan struct{}, in *fuse.CreateIn, name string, out *fuse.CreateOut) fuse.Status {
+	in.Mode |= r.shifted(in.Umask)
+	return r.RawFileSystem.Create(cancel, in, name, out)
+}
+
+// Tmpfile hands the umask on.
+func (r *rawFS) Tmpfile(cancel <-chan struct{}, in *fuse.CreateIn, out *fuse.CreateOut) fuse.Status {
+	in.Mode |= r.shifted(in.Umask)
+	return r.RawFileSystem.Tmpfile(cancel, in, out)
+}
+
+// Mkdir hands the umask on.
+func (r *rawFS) Mkdir(cancel <-chan struct{}, in *fuse.MkdirIn, name string, out *fuse.EntryOut) fuse.Status {
+	in.Mode |= r.shifted(in.Umask)
+	return r.RawFileSystem.Mkdir(cancel, in, name, out)
+}
+
+// Mknod hands the umask on.
+func (r *rawFS) Mknod(cancel <-chan struct{}, in *fuse.MknodIn, name string, out *fuse.EntryOut) fuse.Status {
+	in.Mode |= r.shifted(in.Umask)
+	return r.RawFileSystem.Mknod(cancel, in, name, out)
+}
+
+func (r *rawFS) shifted(umask uint32) uint32 {
+	if !r.umask {
+		return 0
+	}
+	return (umask & 0o777) << umaskShift
+}
+
+// killPriv clears setuid, and setgid of what a group may execute, as write(2) by
+// an unprivileged process does. security.capability goes by itself: the backing
+// kernel removes it when we write.
+func killPriv(fd int) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	mode := st.Mode & 0o7777 &^ unix.S_ISUID
+	if mode&unix.S_IXGRP != 0 {
+		mode &^= unix.S_ISGID
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || mode == st.Mode&0o7777 {
+		return nil
+	}
+	return volume.Chmod(fd, mode)
+}

@@ -1,0 +1,138 @@
+package fs
+
+import (
+	"context"
+	"syscall"
+
+	fusefs "github.com/hanwen/go-fuse/v2/fs"
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"kmsfs/volume"
+)
+
+// inDir calls op with the node's own directory.
+func (n *node) inDir(op func(d *volume.Dir) error) error {
+	d, err := n.fs.dirs.acquire(n)
+	if err != nil {
+		return err
+	}
+	defer n.fs.dirs.release(d)
+	n.fs.tend.changed()
+	return op(d.Dir)
+}
+
+// makeEntry makes something other than an open file, gives it to the caller, and
+// answers with it. If it can't be given away it goes again.
+func (n *node) makeEntry(ctx context.Context, name string, out *fuse.EntryOut, mk, undo func(d *volume.Dir) error) (*fusefs.Inode, error) {
+	var st unix.Statx_t
+	err := n.inDir(func(d *volume.Dir) error {
+		if err := mk(d); err != nil {
+			return err
+		}
+		if err := n.ownName(ctx, d, name, &st); err != nil {
+			_ = undo(d)
+			return err
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return n.child(ctx, &st, out), nil
+}
+
+var _ = (fusefs.NodeMkdirer)((*node)(nil))
+
+// Mkdir makes a directory.
+func (n *node) Mkdir(ctx context.Context, name string, mode uint32, out *fuse.EntryOut) (*fusefs.Inode, syscall.Errno) {
+	child, err := n.makeEntry(ctx, name, out,
+		func(d *volume.Dir) error { return d.Mkdir(name, n.creationMode(d, mode)) },
+		func(d *volume.Dir) error { return d.Rmdir(name) })
+	return child, n.errno("mkdir", err)
+}
+
+var _ = (fusefs.NodeMknoder)((*node)(nil))
+
+// Mknod makes a special file, or an empty regular one, which needs no key.
+func (n *node) Mknod(ctx context.Context, name string, mode, dev uint32, out *fuse.EntryOut) (*fusefs.Inode, syscall.Errno) {
+	child, err := n.makeEntry(ctx, name, out,
+		func(d *volume.Dir) error { return d.Mknod(name, n.creationMode(d, mode), int(dev)) },
+		func(d *volume.Dir) error { return d.Unlink(name) })
+	return child, n.errno("mknod", err)
+}
+
+var _ = (fusefs.NodeSymlinker)((*node)(nil))
+
+// Symlink makes a symlink.
+func (n *node) Symlink(ctx context.Context, target, name string, out *fuse.EntryOut) (*fusefs.Inode, syscall.Errno) {
+	child, err := n.makeEntry(ctx, name, out,
+		func(d *volume.Dir) error { return d.Symlink(target, name) },
+		func(d *volume.Dir) error { return d.Unlink(name) })
+	return child, n.errno("symlink", err)
+}
+
+var _ = (fusefs.NodeLinker)((*node)(nil))
+
+// Link gives an inode another name, one made by O_TMPFILE its first.
+func (n *node) Link(ctx context.Context, target fusefs.InodeEmbedder, name string, out *fuse.EntryOut) (*fusefs.Inode, syscall.Errno) {
+	t := target.(*node)
+	var st unix.Statx_t
+	err := t.with(func(fd int) error {
+		err := n.inDir(func(d *volume.Dir) error { return d.Link(fd, name) })
+		if err != nil {
+			return err
+		}
+		return n.fs.statFd(fd, &st)
+	})
+	if err != nil {
+		return nil, n.errno("link", err)
+	}
+	n.fs.liveSize(&st)
+	n.fs.attr(&st, &out.Attr)
+	out.SetAttrTimeout(n.fs.opts.AttrTimeout)
+	out.SetEntryTimeout(n.fs.opts.EntryTimeout)
+	return t.EmbeddedInode(), ok
+}
+
+var _ = (fusefs.NodeUnlinker)((*node)(nil))
+
+// Unlink removes a name. It needs no key, and works on damaged files.
+func (n *node) Unlink(_ context.Context, name string) syscall.Errno {
+	return n.errno("unlink", n.inDir(func(d *volume.Dir) error {
+		kept := n.keepOrphan(d, name)
+		err := d.Unlink(name)
+		kept(err == nil)
+		return err
+	}))
+}
+
+var _ = (fusefs.NodeRmdirer)((*node)(nil))
+
+// Rmdir removes an empty directory.
+func (n *node) Rmdir(_ context.Context, name string) syscall.Errno {
+	return n.errno("rmdir", n.inDir(func(d *volume.Dir) error {
+		kept := n.keepOrphan(d, name)
+		err := d.Rmdir(name)
+		kept(err == nil)
+		return err
+	}))
+}
+
+var _ = (fusefs.NodeRenamer)((*node)(nil))
+
+// Rename moves an entry; flags are those of renameat2(2).
+func (n *node) Rename(_ context.Context, name string, newParent fusefs.InodeEmbedder, newName string, flags uint32) syscall.Errno {
+	to := newParent.(*node)
+	return n.errno("rename", n.inDir(func(d *volume.Dir) error {
+		return to.inDir(func(toDir *volume.Dir) error {
+			kept := func(bool) {}
+			if flags&(unix.RENAME_EXCHANGE|unix.RENAME_NOREPLACE) == 0 {
+				kept = to.keepOrphan(toDir, newName)
+			}
+			err := d.Rename(name, toDir, newName, uint(flags))
+			kept(err == nil)
+			return err
+		})
+	}))
+}

@@ -1,0 +1,154 @@
+package fs
+
+import (
+	"context"
+	"syscall"
+	"time"
+
+	fusefs "github.com/hanwen/go-fuse/v2/fs"
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"kmsfs/crypt"
+	"kmsfs/volume"
+)
+
+// within bounds how long a request may wait for Keys. Signals end it too; they
+// are ignored for everything local (Go programs send themselves many).
+func within(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, d)
+}
+
+func writes(flags uint32) bool { return flags&syscall.O_ACCMODE != syscall.O_RDONLY }
+
+var _ = (fusefs.NodeOpener)((*node)(nil))
+
+// Open opens a file. It is here that KMS may say no.
+func (n *node) Open(ctx context.Context, flags uint32) (fusefs.FileHandle, uint32, syscall.Errno) {
+	ctx, cancel := within(ctx, n.fs.opts.Deadline)
+	defer cancel()
+	f := n.fs.files.acquire(n.fs, n.id)
+	if err := f.open(ctx, n, writes(flags), flags&syscall.O_TRUNC != 0); err != nil {
+		n.fs.files.release(f)
+		return nil, 0, n.errno("open", err)
+	}
+	h, keep := n.newHandle(f, writes(flags))
+	return h, keep, ok
+}
+
+var _ = (fusefs.NodeCreater)((*node)(nil))
+
+// Create makes a file and opens it. The key comes first: if it is refused there
+// is no file. The kernel holds the directory meanwhile, so the wait is short.
+func (n *node) Create(ctx context.Context, name string, flags, mode uint32, out *fuse.EntryOut) (*fusefs.Inode, fusefs.FileHandle, uint32, syscall.Errno) {
+	return n.create(ctx, "create", flags, out, func(d *volume.Dir) (int, error) {
+		fd, err := d.Create(name, unix.O_RDWR|unix.O_EXCL, n.creationMode(d, mode))
+		if err == syscall.EEXIST && flags&syscall.O_EXCL == 0 {
+			// Someone made it in the backing directory: the kernel shall look
+			// it up and open it.
+			err = syscall.ESTALE
+		}
+		return fd, err
+	}, func(d *volume.Dir) error { return d.Unlink(name) })
+}
+
+var _ = (fusefs.NodeTmpfiler)((*node)(nil))
+
+// Tmpfile makes a file without a name.
+func (n *node) Tmpfile(ctx context.Context, flags, mode uint32, out *fuse.EntryOut) (*fusefs.Inode, fusefs.FileHandle, uint32, syscall.Errno) {
+	return n.create(ctx, "tmpfile", flags, out, func(d *volume.Dir) (int, error) {
+		return d.Tmpfile(unix.O_RDWR|int(flags)&unix.O_EXCL, n.creationMode(d, mode))
+	}, func(*volume.Dir) error { return nil })
+}
+
+// create makes a file with the call given, and a handle on it; undo removes it
+// again.
+func (n *node) create(ctx context.Context, op string, flags uint32, out *fuse.EntryOut,
+	mk func(*volume.Dir) (int, error), undo func(*volume.Dir) error) (*fusefs.Inode, fusefs.FileHandle, uint32, syscall.Errno) {
+	var fresh *crypt.Fresh
+	if writes(flags) {
+		wait, cancel := within(ctx, n.fs.opts.CreateWait)
+		defer cancel()
+		var err error
+		if fresh, err = n.fs.freshKey(wait); err != nil {
+			return nil, nil, 0, n.errno(op, err)
+		}
+	}
+	child, h, err := n.createWith(ctx, fresh, writes(flags), out, mk, undo)
+	if err != nil {
+		if fresh != nil {
+			n.fs.keys.Return(fresh)
+		}
+		return nil, nil, 0, n.errno(op, err)
+	}
+	n.fs.stats.opens.Add(1)
+	n.fs.stats.creates.Add(1)
+	return child, h, fuse.FOPEN_KEEP_CACHE, ok
+}
+
+func (n *node) createWith(ctx context.Context, fresh *crypt.Fresh, write bool, out *fuse.EntryOut,
+	mk func(*volume.Dir) (int, error), undo func(*volume.Dir) error) (*fusefs.Inode, *handle, error) {
+	d, err := n.fs.dirs.acquire(n)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer n.fs.dirs.release(d)
+	fd, err := mk(d.Dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	n.fs.tend.changed()
+	var st unix.Statx_t
+	if err = n.own(ctx, d.Dir, fd); err == nil {
+		err = n.fs.statFd(fd, &st)
+	}
+	var f *file
+	if err == nil {
+		f, err = n.adopt(fd, &st, fresh, write)
+	}
+	if err != nil {
+		unix.Close(fd)
+		_ = undo(d.Dir)
+		return nil, nil, err
+	}
+	child := n.child(ctx, &st, out)
+	c := child.Operations().(*node)
+	c.noCaps.Store(true)
+	return child, &handle{f: f, n: c, writer: write}, nil
+}
+
+// adopt makes the file of a new backing file, and gives it its key.
+func (n *node) adopt(fd int, st *unix.Statx_t, fresh *crypt.Fresh, write bool) (*file, error) {
+	f := n.fs.files.acquire(n.fs, idOf(st))
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.descriptor() >= 0 {
+		// Same device, number and birth time as a file in use: not new.
+		n.fs.files.release(f)
+		return nil, syscall.ESTALE
+	}
+	v, err := crypt.NewFile(&f.store, n.fs.vol.BlockSize(), 0, nil)
+	if err != nil {
+		defer n.fs.files.release(f)
+		return nil, err
+	}
+	f.install(fd, true)
+	f.view.Store(v)
+	if fresh != nil {
+		v.Prime(fresh)
+	}
+	if write {
+		f.writers++
+	}
+	return f, nil
+}
+
+var _ = (fusefs.NodeReleaser)((*node)(nil))
+
+// Release ends a handle.
+func (n *node) Release(_ context.Context, fh fusefs.FileHandle) syscall.Errno {
+	if h := handleOf(fh); h != nil {
+		h.release()
+	}
+	return ok
+}

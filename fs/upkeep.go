@@ -1,0 +1,127 @@
+package fs
+
+import (
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// How long things may stay undone. sync(2) and syncfs(2) on a FUSE mount don't
+// reach the daemon, so it syncs the backing store by itself.
+const (
+	tick       = time.Second
+	syncQuiet  = 5 * time.Second  // after the last change
+	syncBusy   = 30 * time.Second // while changes go on
+	settleWait = 30 * time.Second // gaps that writes left become zeros after this
+)
+
+// upkeep does in the background what no request waits for.
+type upkeep struct {
+	fs      *fileSystem
+	changes atomic.Uint64
+	stop    chan struct{}
+	stopped sync.WaitGroup
+}
+
+// changed notes that the backing store was changed.
+func (u *upkeep) changed() { u.changes.Add(1) }
+
+func (u *upkeep) start() {
+	u.stop = make(chan struct{})
+	u.stopped.Add(1)
+	go u.run()
+}
+
+func (u *upkeep) end() {
+	close(u.stop)
+	u.stopped.Wait()
+}
+
+func (u *upkeep) run() {
+	defer u.stopped.Done()
+	t := time.NewTicker(tick)
+	defer t.Stop()
+	var seen, synced uint64 // changes at the last tick, and at the last sync
+	var quiet, dirty time.Duration
+	for {
+		select {
+		case <-u.stop:
+			return
+		case <-t.C:
+		}
+		now := u.changes.Load()
+		quiet += tick
+		dirty += tick
+		if now != seen {
+			quiet, seen = 0, now
+		}
+		if now == synced {
+			dirty = 0
+		} else if quiet >= syncQuiet || dirty >= syncBusy {
+			u.sync()
+			synced, dirty = now, 0
+		}
+		u.settle(time.Now())
+	}
+}
+
+// sync makes everything durable.
+func (u *upkeep) sync() {
+	fd := u.fs.dirs.root.Fd()
+	dir, err := unix.Openat(fd, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0) // syncfs(2) refuses O_PATH
+	if err == nil {
+		err = unix.Syncfs(dir)
+		unix.Close(dir)
+	}
+	if err != nil {
+		u.fs.log.trouble("syncing the backing store", u.fs.root.id.ino, err)
+	}
+	u.fs.stats.syncs.Add(1)
+}
+
+// settle settles files whose gaps have waited long enough.
+func (u *upkeep) settle(now time.Time) {
+	for _, f := range u.fs.files.all() {
+		f.settleOld(now)
+		u.fs.files.release(f)
+	}
+}
+
+func (f *file) settleOld(now time.Time) {
+	v := f.view.Load()
+	if v == nil || !v.Pending() {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.gaps.IsZero() {
+		f.gaps = now
+		return
+	}
+	if now.Sub(f.gaps) < settleWait {
+		return
+	}
+	if err := f.settleLocked(v); err != nil {
+		f.fs.log.trouble("writing the gaps of a file", f.id.ino, err)
+	}
+}
+
+// finish settles, syncs and closes what is still open when the mount is gone.
+func (u *upkeep) finish() {
+	for _, f := range u.fs.files.all() {
+		if v := f.view.Load(); v != nil && v.Pending() {
+			if err := f.settleNow(v); err != nil {
+				u.fs.log.trouble("writing the gaps of a file", f.id.ino, err)
+			}
+		}
+		if v := f.view.Load(); v != nil {
+			v.Close() // wipes its keys, whoever still holds the file
+		}
+		u.fs.files.release(f)
+	}
+	if !u.fs.opts.ReadOnly {
+		u.sync()
+	}
+}
