@@ -1,0 +1,304 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/config"
+	"kmsfs/volume"
+)
+
+// A live mount listens on a unix socket in the runtime directory, named after its
+// volume. Each line that a client sends is a request in JSON, each is answered by
+// one line:
+//
+//	{"op":"status"}   who serves what
+//	{"op":"reload"}   read kmsfs.toml again and adopt its keys, if they may be trusted
+//
+// The directory and the socket belong to the user alone, and the kernel says who
+// is at the other end (SO_PEERCRED): only the user himself and root are answered,
+// and only an answer of the process that holds the volume's lock counts.
+type controlRequest struct {
+	Op string `json:"op"`
+}
+
+type controlReply struct {
+	OK         bool     `json:"ok"`
+	Error      string   `json:"error,omitempty"`
+	PID        int      `json:"pid,omitempty"`
+	Volume     string   `json:"volume,omitempty"`
+	Dir        string   `json:"dir,omitempty"`
+	Mountpoint string   `json:"mountpoint,omitempty"`
+	Keys       []string `json:"keys,omitempty"`
+}
+
+const (
+	controlIdle    = 10 * time.Second // for a request to arrive, or a status to be answered
+	controlReload  = time.Minute      // for a reload, which may ask KMS
+	controlMaxLine = 64 << 10
+)
+
+// controlServer answers on one socket until Close.
+type controlServer struct {
+	listener *net.UnixListener
+	dir      *os.File // holds the socket
+	name     string
+
+	answer  func(context.Context, controlRequest) controlReply
+	cancel  context.CancelFunc
+	clients sync.WaitGroup
+}
+
+// listen serves the mount's control socket.
+func (m *mounting) listen() (*controlServer, error) {
+	dir, err := config.RuntimeDir()
+	if err != nil {
+		return nil, err
+	}
+	s, err := listenControl(dir, m.v.ID().String()+".sock", m.answer)
+	if err != nil {
+		return nil, fmt.Errorf("opening the control socket in %s (set XDG_RUNTIME_DIR to move it): %w", dir, err)
+	}
+	return s, nil
+}
+
+// answer is what a live mount has to say.
+func (m *mounting) answer(ctx context.Context, r controlRequest) controlReply {
+	reply := controlReply{OK: true, PID: os.Getpid(), Volume: m.v.ID().String(), Dir: m.dir, Mountpoint: m.point, Keys: m.ring.Trusted()}
+	switch r.Op {
+	case "status":
+	case "reload":
+		m.reloading.Lock()
+		defer m.reloading.Unlock()
+		trusted, err := m.reload(ctx)
+		if err != nil {
+			m.log.Error("the changed key list was refused", "err", err)
+			return controlReply{Error: sentence(err)}
+		}
+		m.log.Info("key list adopted", "keys", trusted)
+		reply.Keys = trusted
+	default:
+		return controlReply{Error: fmt.Sprintf("unknown request %q", r.Op)}
+	}
+	return reply
+}
+
+func listenControl(dir, name string, answer func(context.Context, controlRequest) controlReply) (*controlServer, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	d, err := openPrivate(dir)
+	if err != nil {
+		return nil, err
+	}
+	// The volume's lock is ours, so a socket that is there is a dead one's.
+	_ = unix.Unlinkat(int(d.Fd()), name, 0)
+	listener, err := net.ListenUnix("unix", socketAddr(d, name))
+	if err != nil {
+		d.Close()
+		return nil, err
+	}
+	listener.SetUnlinkOnClose(false)
+	ctx, cancel := context.WithCancel(context.Background())
+	s := &controlServer{listener: listener, dir: d, name: name, answer: answer, cancel: cancel}
+	if err := unix.Fchmodat(int(d.Fd()), name, 0o600, 0); err != nil {
+		s.Close()
+		return nil, err
+	}
+	s.clients.Go(func() { s.accept(ctx) })
+	return s, nil
+}
+
+// openPrivate opens a directory that nobody else can write to.
+func openPrivate(dir string) (*os.File, error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	var st unix.Stat_t
+	err = unix.Fstat(int(d.Fd()), &st)
+	if err == nil && (st.Mode&unix.S_IFMT != unix.S_IFDIR || st.Mode&0o022 != 0 || int(st.Uid) != os.Geteuid() && st.Uid != 0 && os.Geteuid() != 0) {
+		err = fmt.Errorf("%s is not a directory that belongs to this user alone", dir)
+	}
+	if err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// socketAddr goes through the directory's descriptor: an address has at most 107
+// bytes, a path any number.
+func socketAddr(dir *os.File, name string) *net.UnixAddr {
+	return &net.UnixAddr{Net: "unix", Name: fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), name)}
+}
+
+func (s *controlServer) accept(ctx context.Context) {
+	for {
+		c, err := s.listener.AcceptUnix()
+		if err != nil {
+			return
+		}
+		s.clients.Go(func() {
+			defer c.Close()
+			defer context.AfterFunc(ctx, func() { c.Close() })()
+			s.serve(ctx, c)
+		})
+	}
+}
+
+func (s *controlServer) serve(ctx context.Context, c *net.UnixConn) {
+	peer, err := peerOf(c)
+	if err != nil || int(peer.Uid) != os.Geteuid() && peer.Uid != 0 {
+		return
+	}
+	in := bufio.NewScanner(c)
+	in.Buffer(nil, controlMaxLine)
+	out := json.NewEncoder(c)
+	for {
+		_ = c.SetDeadline(time.Now().Add(controlIdle))
+		if !in.Scan() {
+			return
+		}
+		_ = c.SetDeadline(time.Time{})
+		var r controlRequest
+		reply := controlReply{Error: "the request is not a line of JSON"}
+		if json.Unmarshal(in.Bytes(), &r) == nil {
+			reply = s.answer(ctx, r)
+		}
+		_ = c.SetWriteDeadline(time.Now().Add(controlIdle))
+		if out.Encode(reply) != nil {
+			return
+		}
+	}
+}
+
+// Close ends every conversation and removes the socket.
+func (s *controlServer) Close() {
+	_ = unix.Unlinkat(int(s.dir.Fd()), s.name, 0)
+	s.cancel()
+	s.listener.Close()
+	s.clients.Wait()
+	s.dir.Close()
+}
+
+func peerOf(c *net.UnixConn) (peer *unix.Ucred, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	errCall := raw.Control(func(fd uintptr) {
+		peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	})
+	return peer, errors.Join(err, errCall)
+}
+
+// runtimeDirs are where a mount's socket may be: in our own runtime directory, or,
+// for root, in that of any user.
+func runtimeDirs() []string {
+	var dirs []string
+	if dir, err := config.RuntimeDir(); err == nil {
+		dirs = append(dirs, dir)
+	}
+	if os.Geteuid() == 0 {
+		users, _ := filepath.Glob("/run/user/*/kmsfs")
+		dirs = append(append(dirs, "/run/kmsfs"), users...)
+	}
+	return dirs
+}
+
+// dialControl connects to the mount of a volume; pid, if not 0, is the process
+// that must be at the other end.
+func dialControl(id string, pid int) (*net.UnixConn, *unix.Ucred, error) {
+	for _, dir := range runtimeDirs() {
+		d, err := openPrivate(dir)
+		if err != nil {
+			continue
+		}
+		c, err := net.DialUnix("unix", nil, socketAddr(d, id+".sock"))
+		d.Close()
+		if err != nil {
+			continue
+		}
+		peer, err := peerOf(c)
+		if err == nil && (pid == 0 || int(peer.Pid) == pid) {
+			return c, peer, nil
+		}
+		c.Close()
+	}
+	return nil, nil, errors.New("its control socket does not answer")
+}
+
+// request sends one request and waits for the answer.
+func request(ctx context.Context, c *net.UnixConn, op string, wait time.Duration) (controlReply, error) {
+	defer context.AfterFunc(ctx, func() { c.Close() })()
+	_ = c.SetDeadline(time.Now().Add(wait))
+	var reply controlReply
+	if err := json.NewEncoder(c).Encode(controlRequest{Op: op}); err != nil {
+		return reply, fmt.Errorf("asking the live mount: %w", err)
+	}
+	if err := json.NewDecoder(io.LimitReader(c, controlMaxLine)).Decode(&reply); err != nil {
+		return reply, fmt.Errorf("waiting for the live mount's answer: %w", err)
+	}
+	if !reply.OK {
+		return reply, errors.New(reply.Error)
+	}
+	return reply, nil
+}
+
+// holderOf says who has the volume in dir mounted; nil if nobody.
+func holderOf(dir string) (*volume.Holder, error) {
+	v, err := volume.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer v.Close()
+	err = v.Lock("looking for a live mount")
+	var locked *volume.LockedError
+	if !errors.As(err, &locked) {
+		return nil, err
+	}
+	if locked.Holder == nil {
+		return nil, err
+	}
+	return locked.Holder, nil
+}
+
+// here reports whether a holder is a process of this machine.
+func here(h *volume.Holder) bool {
+	host, _ := os.Hostname()
+	boot, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return h.Host == host && h.BootID+"\n" == string(boot)
+}
+
+// reloadMounts returns when the live mount of a volume, if there is one, has
+// adopted the key list on disk.
+func reloadMounts(ctx context.Context, dir, id string) error {
+	h, err := holderOf(dir)
+	if err != nil || h == nil {
+		return err
+	}
+	if !here(h) {
+		return fmt.Errorf("it is mounted by process %d on %s, which can't be told from here", h.PID, h.Host)
+	}
+	c, _, err := dialControl(id, h.PID)
+	if err != nil {
+		return fmt.Errorf("process %d (%s): %w", h.PID, h.Owner, err)
+	}
+	defer c.Close()
+	if _, err := request(ctx, c, "reload", controlReload); err != nil {
+		return fmt.Errorf("process %d (%s) says: %w", h.PID, h.Owner, err)
+	}
+	return nil
+}

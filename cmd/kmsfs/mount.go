@@ -1,0 +1,287 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"kmsfs/config"
+	"kmsfs/fs"
+	"kmsfs/keys"
+	"kmsfs/volume"
+)
+
+func (p *program) mountCommand() *cobra.Command {
+	var f mountFlags
+	cmd := &cobra.Command{
+		Use:   "mount DIR MOUNTPOINT",
+		Short: "Show a volume in plaintext",
+		Long: `Mount the volume in the backing directory DIR on MOUNTPOINT. The command returns
+when the file system is ready; a daemon goes on in the background until "kmsfs
+umount MOUNTPOINT". With -f it stays in the foreground; SIGTERM and SIGINT unmount.
+
+A volume may be mounted once at a time. Its keys are those that this client
+remembers (from "kmsfs init", "kmsfs rekey" or an earlier mount). For a volume that
+is new to this client kmsfs shows the keys and asks; without a terminal it wants
+--key, the configuration, or --accept-new. A key that appears in the volume's list
+is taken silently only if it is in the account of a known one and opens the same
+volume key; --accept-key trusts any other.
+
+Mount options (-o): ro, rw, allow_other, suid, dev (root only), nonempty, debug,
+writeback=on|off, attr_timeout=DURATION, entry_timeout=DURATION,
+kms_deadline=DURATION, create_wait=DURATION, cache_age=DURATION, cache_keys=N,
+pool=N, noexec, noatime. Each stands in the configuration file too.` + statuses(0, 1, 2, 3, 4, 6),
+		Args: exactly(2, "DIR and MOUNTPOINT"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := f.fill(cmd, p.cfg); err != nil {
+				return err
+			}
+			ready, daemon := readyPipe()
+			if !daemon && !p.cfg.Mount.Foreground {
+				return p.background()
+			}
+			m := &mounting{program: p, keys: f.keys, accept: f.accept, ready: ready}
+			return m.serve(cmd.Context(), args[0], args[1])
+		},
+	}
+	f.register(cmd)
+	return cmd
+}
+
+// A mounting is one mount in the process that serves it.
+type mounting struct {
+	*program
+	keys, accept []string // --key and --accept-key
+	ready        *os.File // tells the parent that we are ready; nil in the foreground
+
+	dir, point string // real paths
+	v          *volume.Volume
+	provider   keys.Provider
+	ring       *keys.Ring
+	log        *slog.Logger
+	server     *fs.Server
+	reloading  sync.Mutex // one reload at a time
+}
+
+// serve returns when the file system was unmounted.
+func (m *mounting) serve(ctx context.Context, dir, point string) (err error) {
+	warnings := harden()
+	if err := m.places(dir, point); err != nil {
+		return err
+	}
+	if m.provider, err = m.program.provider(); err != nil {
+		return err
+	}
+	if m.v, err = volume.Open(m.dir); err != nil {
+		return err
+	}
+	defer m.v.Close()
+	if err := m.unlock(ctx); err != nil {
+		return err
+	}
+	defer m.ring.Close()
+	closeLog, err := m.openLog()
+	if err != nil {
+		return err
+	}
+	defer closeLog()
+	if text, bad := keysUnlocked(); bad {
+		warnings = append(warnings, text)
+	}
+	if text := m.v.Warning(); text != "" {
+		warnings = append(warnings, text)
+	}
+	for _, w := range warnings {
+		m.log.Warn(w)
+	}
+	return m.mounted(ctx)
+}
+
+// places makes both paths real and refuses a mountpoint that can't be.
+func (m *mounting) places(dir, point string) (err error) {
+	if m.dir, err = realPath(dir); err != nil {
+		return err
+	}
+	if m.point, err = pointPath(point); err != nil {
+		return &failure{status: exitMount, err: err}
+	}
+	return checkMountpoint(m.dir, m.point, m.cfg.Mount.NonEmpty)
+}
+
+// unlock opens the volume key and takes the volume's lock. Nothing is written
+// into the volume before it is trusted.
+func (m *mounting) unlock(ctx context.Context) (err error) {
+	named, err := m.resolve(ctx, m.provider, m.keys)
+	if err != nil {
+		return err
+	}
+	accept, err := m.resolve(ctx, m.provider, m.accept)
+	if err != nil {
+		return err
+	}
+	ask := trustRequest{Named: named, Accept: accept, AcceptNew: m.cfg.Mount.AcceptNew, Command: m.again}
+	if m.ring, err = m.openTrusted(ctx, m.v, m.provider, ask); err != nil {
+		return err
+	}
+	if err = m.v.Lock("mount on " + m.point); err == nil {
+		// A rekey between reading kmsfs.toml and taking the lock found no mount to
+		// tell: read it again.
+		_, err = m.reload(ctx)
+	}
+	if err != nil {
+		m.ring.Close()
+	}
+	return err
+}
+
+// again is the command that a person would run to go on.
+func (m *mounting) again(more ...string) string {
+	return commandLine(append([]string{"kmsfs", "mount", m.dir, m.point}, more...)...)
+}
+
+// reload adopts the key list on disk if the rule of trust allows it.
+func (m *mounting) reload(ctx context.Context) ([]string, error) {
+	if _, err := m.v.Reload(); err != nil {
+		return nil, err
+	}
+	// What was answered or accepted at the start is in the pin by now.
+	ask := trustRequest{Named: m.keys, Live: true, Accept: m.accept, Command: m.again}
+	d, err := m.decide(m.v, ask)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.prove(ctx, m.v, m.provider, d); err != nil {
+		return nil, err
+	}
+	m.ring.SetTrusted(d.Trusted)
+	return d.Trusted, remember(m.v.ID().String(), d.Pin)
+}
+
+// mounted mounts, serves and cleans up.
+func (m *mounting) mounted(ctx context.Context) (err error) {
+	if m.server, err = fs.Mount(m.options()); err != nil {
+		return &failure{status: exitMount, err: fmt.Errorf("mounting on %s: %w", m.point, err), next: mountAdvice(err)}
+	}
+	m.tty = false // from here on nobody can be asked
+	control, err := m.listen()
+	if err == nil {
+		defer control.Close()
+		err = m.announce()
+	}
+	if err != nil {
+		return errors.Join(err, m.server.Unmount())
+	}
+	m.log.Info("mounted", "volume", m.v.ID().String(), "dir", m.dir, "mountpoint", m.point, "keys", m.ring.Trusted())
+	stop := m.unmountOnSignal()
+	m.server.Wait()
+	stop()
+	m.log.Info("unmounted", "mountpoint", m.point)
+	return nil
+}
+
+func (m *mounting) options() fs.Options {
+	c := m.cfg
+	return fs.Options{
+		Volume: m.v, Keys: m.ring, Mountpoint: m.point, FsName: m.dir,
+		AllowOther: c.Mount.AllowOther, ReadOnly: c.Mount.ReadOnly, Suid: c.Mount.Suid, Dev: c.Mount.Dev,
+		Writeback: c.Mount.Writeback, AttrTimeout: time.Duration(c.Mount.AttrTimeout), EntryTimeout: time.Duration(c.Mount.EntryTimeout), Extra: c.Mount.Options,
+		Logger: m.log, Deadline: time.Duration(c.KMS.Deadline), CreateWait: time.Duration(c.KMS.CreateWait), Debug: c.Mount.Debug,
+	}
+}
+
+func mountAdvice(err error) string {
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return "load the fuse module and install fusermount3 (package fuse3)"
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		return "check the permissions of /dev/fuse, and user_allow_other in /etc/fuse.conf for --allow-other"
+	}
+	return ""
+}
+
+// announce tells the waiting parent, and lets go of its terminal.
+func (m *mounting) announce() error {
+	if m.ready == nil {
+		return nil
+	}
+	defer m.ready.Close()
+	if err := detach(m.cfg.Mount.LogFile); err != nil {
+		return err
+	}
+	if _, err := m.ready.WriteString(readyWord); err != nil {
+		return fmt.Errorf("the process that started the mount is gone: %w", err)
+	}
+	return nil
+}
+
+// unmountOnSignal makes SIGTERM and SIGINT unmount. A mount that is busy is taken
+// out of the tree at once and goes on to serve who has it open.
+func (m *mounting) unmountOnSignal() (stop func()) {
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	signal.Ignore(syscall.SIGHUP) // a closed terminal is no reason to unmount
+	done := make(chan struct{})
+	go func() {
+		for {
+			select {
+			case <-done:
+				return
+			case s := <-signals:
+				m.log.Info("unmounting", "signal", s.String())
+				m.unmount()
+			}
+		}
+	}()
+	return func() {
+		signal.Stop(signals)
+		close(done)
+	}
+}
+
+func (m *mounting) unmount() {
+	err := m.server.Unmount()
+	if err == nil {
+		return
+	}
+	m.log.Warn("the mountpoint is busy; it is detached and served until its last user is gone", "err", err)
+	if err := unmountPoint(m.point, true); err != nil {
+		m.log.Error("unmounting failed", "err", sentence(err))
+	}
+}
+
+// openLog decides where the log goes: stderr in the foreground, else the file
+// that was asked for, syslog, or a file beside the pins.
+func (m *mounting) openLog() (closeLog func(), err error) {
+	level := slog.LevelInfo
+	if m.cfg.Mount.Debug {
+		level = slog.LevelDebug
+	}
+	if m.ready == nil {
+		m.log = slog.New(newThrottle(slog.NewTextHandler(m.err, &slog.HandlerOptions{Level: level})))
+		return func() {}, nil
+	}
+	handler, closeLog, err := backgroundLog(m.cfg.Mount.LogFile, level)
+	if err != nil {
+		return nil, err
+	}
+	m.log = slog.New(newThrottle(handler))
+	return closeLog, nil
+}
+
+// stateLog is the log of last resort.
+func stateLog() (string, error) {
+	dir, err := config.StateDir()
+	if err == nil {
+		err = os.MkdirAll(dir, 0o700)
+	}
+	return dir + "/kmsfs.log", err
+}

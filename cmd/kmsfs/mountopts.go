@@ -1,0 +1,126 @@
+package main
+
+import (
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"kmsfs/config"
+)
+
+// mountFlags are the flags of kmsfs mount; fill lays them over the configuration.
+type mountFlags struct {
+	foreground, readOnly, allowOther, acceptNew bool
+	keys, accept, options                       []string
+	logFile                                     string
+}
+
+func (f *mountFlags) register(cmd *cobra.Command) {
+	fl := cmd.Flags()
+	fl.BoolVarP(&f.foreground, "foreground", "f", false, "stay in the foreground and log to stderr")
+	fl.BoolVar(&f.readOnly, "read-only", false, "mount read-only")
+	fl.BoolVar(&f.allowOther, "allow-other", false, "let other users in; the kernel checks permissions")
+	fl.StringArrayVar(&f.keys, "key", nil, "trust `KEY` and only those named so, the first for new files; may be repeated")
+	fl.BoolVar(&f.acceptNew, "accept-new", false, "trust the keys of a volume that is new to this client, without asking")
+	fl.StringArrayVar(&f.accept, "accept-key", nil, "trust `KEY` although it is new in the volume's list; may be repeated")
+	fl.StringArrayVarP(&f.options, "options", "o", nil, "mount `OPTS`, separated by commas (see above)")
+	fl.StringVar(&f.logFile, "log-file", "", "log of a mount in the background, in place of syslog: `FILE`")
+}
+
+// fill lays the flags that were given over the configuration.
+func (f *mountFlags) fill(cmd *cobra.Command, c *config.Config) error {
+	set := func(name string, to *bool, value bool) {
+		if cmd.Flags().Changed(name) {
+			*to = value
+		}
+	}
+	set("foreground", &c.Mount.Foreground, f.foreground)
+	set("read-only", &c.Mount.ReadOnly, f.readOnly)
+	set("allow-other", &c.Mount.AllowOther, f.allowOther)
+	set("accept-new", &c.Mount.AcceptNew, f.acceptNew)
+	if cmd.Flags().Changed("log-file") {
+		c.Mount.LogFile = f.logFile
+	}
+	for _, list := range f.options {
+		for _, o := range strings.Split(list, ",") {
+			if err := mountOption(c, strings.TrimSpace(o)); err != nil {
+				return err
+			}
+		}
+	}
+	if (c.Mount.Suid || c.Mount.Dev) && os.Geteuid() != 0 {
+		return usage("-o suid and -o dev are for root: modes and device numbers in the backing directory are not authenticated")
+	}
+	return nil
+}
+
+// switches are options without a value; each has its opposite.
+func switches(m *config.Mount) map[string]func() {
+	on := func(b *bool, v bool) func() { return func() { *b = v } }
+	return map[string]func(){
+		"ro": on(&m.ReadOnly, true), "rw": on(&m.ReadOnly, false),
+		"allow_other": on(&m.AllowOther, true),
+		"suid":        on(&m.Suid, true), "nosuid": on(&m.Suid, false),
+		"dev": on(&m.Dev, true), "nodev": on(&m.Dev, false),
+		"nonempty": on(&m.NonEmpty, true),
+		"debug":    on(&m.Debug, true),
+	}
+}
+
+// kernelOptions are handed to the kernel as they are.
+var kernelOptions = map[string]bool{"noexec": true, "noatime": true, "nodiratime": true, "relatime": true}
+
+// ignoredOptions are for mount(8) and systemd, which pass them on from fstab.
+var ignoredOptions = map[string]bool{"": true, "defaults": true, "auto": true, "noauto": true, "user": true, "nouser": true, "users": true, "nofail": true, "_netdev": true, "exec": true, "async": true}
+
+func mountOption(c *config.Config, option string) error {
+	name, value, hasValue := strings.Cut(option, "=")
+	if set := switches(&c.Mount)[name]; set != nil && !hasValue {
+		set()
+		return nil
+	}
+	if !hasValue && (ignoredOptions[name] || strings.HasPrefix(name, "x-")) || hasValue && strings.HasPrefix(name, "x-") {
+		return nil
+	}
+	if !hasValue && kernelOptions[name] {
+		c.Mount.Options = append(slices.Clone(c.Mount.Options), name)
+		return nil
+	}
+	if !hasValue {
+		return usage("unknown mount option %q", option)
+	}
+	return valueOption(c, name, value)
+}
+
+func valueOption(c *config.Config, name, value string) error {
+	durations := map[string]*config.Duration{
+		"attr_timeout": &c.Mount.AttrTimeout, "entry_timeout": &c.Mount.EntryTimeout,
+		"kms_deadline": &c.KMS.Deadline, "create_wait": &c.KMS.CreateWait, "cache_age": &c.KMS.CacheAge,
+	}
+	counts := map[string]*int{"cache_keys": &c.KMS.CacheKeys, "pool": &c.KMS.Pool}
+	switch {
+	case durations[name] != nil:
+		d, err := time.ParseDuration(value)
+		if err != nil || d <= 0 {
+			return usage("mount option %s wants a duration such as 10s, not %q", name, value)
+		}
+		*durations[name] = config.Duration(d)
+	case counts[name] != nil:
+		n, err := strconv.Atoi(value)
+		if err != nil || n < 0 {
+			return usage("mount option %s wants a number, not %q", name, value)
+		}
+		*counts[name] = n
+	case name == "writeback" && (value == "on" || value == "off"):
+		c.Mount.Writeback = value == "on"
+	case name == "writeback":
+		return usage("mount option writeback is on or off, not %q", value)
+	default:
+		return usage("unknown mount option %q", name+"="+value)
+	}
+	return nil
+}

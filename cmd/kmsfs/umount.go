@@ -1,0 +1,138 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"kmsfs/volume"
+)
+
+func (p *program) umountCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:     "umount MOUNTPOINT",
+		Aliases: []string{"unmount"},
+		Short:   "Unmount a volume",
+		Long: `Unmount MOUNTPOINT and wait until its daemon has written everything and is gone.
+A mountpoint left over from a daemon that died is cleaned up.` + statuses(0, 1, 6),
+		Args: exactly(1, "MOUNTPOINT"),
+		RunE: func(cmd *cobra.Command, args []string) error { return p.umount(cmd.Context(), args[0]) },
+	}
+}
+
+// daemonWait is how long umount waits for a daemon that has nothing left to
+// serve: it may have gigabytes to sync.
+const daemonWait = 2 * time.Minute
+
+func (p *program) umount(ctx context.Context, arg string) error {
+	point, err := pointPath(arg)
+	if err != nil {
+		return &failure{status: exitMount, err: err}
+	}
+	m, err := mountedAt(point)
+	if err != nil {
+		return err
+	}
+	if m == nil || !m.isKmsfs() {
+		return fail(exitMount, "", "%s is not a kmsfs mountpoint", point)
+	}
+	daemon := findDaemon(ctx, m.source, point)
+	if daemon >= 0 {
+		defer unix.Close(daemon)
+	}
+	var st unix.Stat_t
+	stale := errors.Is(unix.Stat(point, &st), unix.ENOTCONN)
+	if err := unmountPoint(point, stale); err != nil {
+		return err
+	}
+	return waitForDaemon(daemon, m.source)
+}
+
+// findDaemon returns a descriptor of the process that serves the mount (so that
+// no other process can be mistaken for it later), or -1.
+func findDaemon(ctx context.Context, dir, point string) int {
+	pid := 0
+	if v, err := volume.Open(dir); err == nil {
+		defer v.Close()
+		if c, peer, err := dialControl(v.ID().String(), 0); err == nil {
+			defer c.Close()
+			if r, err := request(ctx, c, "status", controlIdle); err == nil && r.Mountpoint == point {
+				pid = int(peer.Pid)
+			}
+		}
+	}
+	if pid == 0 {
+		if h, err := holderOf(dir); err == nil && h != nil && here(h) {
+			pid = h.PID
+		}
+	}
+	if pid == 0 {
+		return -1
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return -1
+	}
+	return fd
+}
+
+// unmountPoint takes the mount away; lazy also if it is in use.
+func unmountPoint(point string, lazy bool) error {
+	err := unmountCall(point, lazy)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.EBUSY):
+		return fail(exitMount, "end the programs that use it (\"fuser -vm "+quote(point)+"\" names them) and try again", "%s is busy", point)
+	}
+	return fail(exitMount, "", "unmounting %s: %w", point, err)
+}
+
+func unmountCall(point string, lazy bool) error {
+	if os.Geteuid() == 0 {
+		flags := unix.UMOUNT_NOFOLLOW
+		if lazy {
+			flags |= unix.MNT_DETACH
+		}
+		return unix.Unmount(point, flags)
+	}
+	args := []string{"-u", "--", point}
+	if lazy {
+		args = []string{"-u", "-z", "--", point}
+	}
+	text, err := exec.Command("fusermount3", args...).CombinedOutput()
+	if err != nil && strings.Contains(string(text), "busy") {
+		return unix.EBUSY
+	}
+	if err != nil && len(text) > 0 {
+		return errors.New(strings.TrimSpace(string(text)))
+	}
+	return err
+}
+
+// waitForDaemon returns when the process is gone: the volume can be mounted again
+// at once, and all is on its way to the disk.
+func waitForDaemon(pidfd int, dir string) error {
+	if pidfd < 0 {
+		return nil
+	}
+	poll := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+	for deadline := time.Now().Add(daemonWait); ; {
+		n, err := unix.Poll(poll, int(time.Until(deadline).Milliseconds()))
+		switch {
+		case n > 0:
+			return nil
+		case err != nil && err != unix.EINTR:
+			return fmt.Errorf("waiting for the daemon of %s: %w", dir, err)
+		case time.Now().After(deadline):
+			return fail(exitMount, "look at its log", "the daemon of %s is still running %v after the unmount", dir, daemonWait)
+		}
+	}
+}
