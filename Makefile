@@ -1,0 +1,38 @@
+# Every target is one line; "make help" prints what each is for.
+SHELL := /bin/bash
+export CGO_ENABLED ?= 1
+
+.PHONY: help setup build test short fips fuzz race lint demo clean
+
+help: ## print this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install what tests and demo need and the machine lacks (FUSE tools, sqlite3, moto_server, ...)
+	@scripts/setup.sh test
+
+build: ## build bin/kmsfs, the program
+	CGO_ENABLED=0 go build -trimpath -o bin/kmsfs ./cmd/kmsfs
+
+test: setup ## everything: unit tests, fuzz seeds, real mounts against kmstest and moto_server (as root: about 10 minutes)
+	go test -timeout 30m ./...
+
+short: setup ## the quick part of "make test"
+	go test -short ./...
+
+fips: ## the unit tests and fuzz seeds with every algorithm outside FIPS 140-3 refused
+	GODEBUG=fips140=only go test $$(go list ./... | grep -v '/integration$$')
+
+fuzz: ## fuzz each target for FUZZTIME (default 20s)
+	@scripts/fuzz.sh $(or $(FUZZTIME),20s)
+
+race: ## the concurrent packages under the race detector
+	go test -race -short -timeout 20m ./crypt/... ./keys/... ./volume/... ./fs/... ./rekey/...
+
+lint: ## go vet, gofmt, the import table, seeds of fuzz targets
+	go vet ./... && go test ./internal/lint
+
+demo: ## the whole main job on a real tree with a local key; leaves nothing behind
+	@scripts/demo.sh
+
+clean: ## remove what the targets above made in this directory
+	rm -rf bin .venv

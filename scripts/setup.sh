@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Installs what is missing, and only that. "setup.sh demo" is enough to mount and
+# compare; "setup.sh test" adds the programs that the tests run on a mount and a
+# moto_server (an independent KMS) in a private virtual environment, .venv.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+what=${1:-test}
+
+need() { # need PROGRAM PACKAGE: remembers PACKAGE if PROGRAM is not there
+	command -v "$1" >/dev/null || packages+=("$2")
+}
+
+if ! command -v go >/dev/null; then
+	echo "setup: Go 1.26 or newer is needed: https://go.dev/doc/install" >&2
+	exit 1
+fi
+
+packages=()
+need fusermount3 fuse3
+need setfattr attr
+need rsync rsync
+if [ "$what" = test ]; then
+	need setfacl acl
+	need sqlite3 sqlite3
+	need git git
+	need tar tar
+	command -v moto_server >/dev/null || [ -x .venv/bin/moto_server ] ||
+		python3 -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3-venv)
+fi
+
+if [ ${#packages[@]} -gt 0 ]; then
+	echo "setup: installing ${packages[*]}"
+	if ! command -v apt-get >/dev/null; then
+		echo "setup: no apt-get here; please install: ${packages[*]}" >&2
+		exit 1
+	fi
+	root=()
+	[ "$(id -u)" = 0 ] || root=(sudo)
+	export DEBIAN_FRONTEND=noninteractive
+	"${root[@]}" apt-get update -qq
+	"${root[@]}" apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
+fi
+
+if [ "$what" = test ] && ! command -v moto_server >/dev/null && [ ! -x .venv/bin/moto_server ]; then
+	echo "setup: installing moto_server into .venv"
+	python3 -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check 'moto[kms,server]>=5,<6'
+fi
+
+if [ ! -c /dev/fuse ]; then
+	echo "setup: there is no /dev/fuse: load the kernel module (modprobe fuse), or give the container --device /dev/fuse --cap-add SYS_ADMIN" >&2
+	exit 1
+fi
