@@ -358,7 +358,7 @@ func (v *Volume) StatxToPlain(stx *unix.Statx_t) {
 func (v *Volume) plainSize(mode uint32, stored int64) int64 {
 	switch mode & unix.S_IFMT {
 	case unix.S_IFREG:
-		return crypt.PlainSize(stored, v.settings.BlockSize)
+		return crypt.PlainSize(stored, v.fixed.BlockSize)
 	case unix.S_IFLNK:
 		if v.encrypted() {
 			return crypt.PlainTargetLen(stored)

@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -247,8 +248,7 @@ func TestEntriesOffsets(t *testing.T) {
 	v, _ := newVolume(t, NamesEncrypted)
 	d := mkdir(t, root(t, v), "d")
 	for i := range 3000 { // more than one buffer
-		touch(t, d, strings.Repeat("e", i%250+1)+time.Duration(i).String()[:1], "")
-		_ = i
+		require.NoError(t, d.Mknod(fmt.Sprintf("%0*d", 4+i%100, i), unix.S_IFREG|0o600, 0))
 	}
 	e, err := d.Entries()
 	require.NoError(t, err)
@@ -276,5 +276,7 @@ func TestEntriesOffsets(t *testing.T) {
 	require.NoError(t, err)
 	require.True(t, ok)
 	require.Equal(t, all[0], entry)
-	require.EqualValues(t, unix.DT_REG, all[len(all)-1].Type|all[0].Type&0|unix.DT_REG)
+	for _, one := range all {
+		require.Equal(t, isDot(one.Name), one.Type == unix.DT_DIR)
+	}
 }

@@ -59,11 +59,11 @@ func (v *Volume) ParseHeader(raw []byte) (*crypt.Header, error) {
 	switch {
 	case err != nil:
 		return nil, err
-	case h.Volume != v.settings.ID:
+	case h.Volume != v.fixed.ID:
 		return nil, crypt.ErrForeign
 	case h.Use != crypt.UseFile:
 		return nil, fmt.Errorf("a %s key's header on a file: %w", h.Use, crypt.ErrDamaged)
-	case h.BlockLog2 != v.settings.BlockLog2():
+	case h.BlockLog2 != v.fixed.BlockLog2():
 		return nil, fmt.Errorf("a header for another block size: %w", crypt.ErrDamaged)
 	}
 	return h, nil
@@ -198,6 +198,9 @@ func lockedHeader(fd int, op func(fd int) error) error {
 // withAccess does.
 func lockedReopened(fd int, op func(fd int) error) error {
 	rw := -1
+	if err := checkRegular(fd); err != nil { // opening a device has effects
+		return err
+	}
 	err := withAccess(fd, accessFile, func() error {
 		return retry(func() (err error) {
 			rw, err = unix.Open(procPath(fd), unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)

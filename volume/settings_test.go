@@ -349,3 +349,34 @@ func FuzzSettings(f *testing.F) {
 		require.Equal(t, s, again)
 	})
 }
+
+// A live mount goes on while a rekey changes the settings (for -race).
+func TestUseDuringUpdates(t *testing.T) {
+	v, _ := newVolume(t, NamesEncrypted)
+	id, digest := v.ID(), v.Digest()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for range 3 {
+			if err := v.Update(func(s *Settings) error { return nil }); err != nil {
+				t.Error(err)
+			}
+			if _, err := v.Reload(); err != nil {
+				t.Error(err)
+			}
+		}
+	}()
+	for running := true; running; {
+		select {
+		case <-done:
+			running = false
+		default:
+		}
+		st := unix.Stat_t{Mode: unix.S_IFREG, Size: 33}
+		v.StatToPlain(&st)
+		require.EqualValues(t, 1, st.Size)
+		require.Equal(t, id, v.ID())
+		require.Equal(t, digest, v.Digest())
+		require.Equal(t, NamesEncrypted, v.Names())
+	}
+}

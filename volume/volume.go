@@ -39,6 +39,8 @@ type Volume struct {
 	root int    // O_PATH descriptor, owned, until Close
 	dev  uint64 // the root's device
 
+	fixed Settings // of the settings, what never changes: read without mu
+
 	mu       sync.RWMutex
 	settings Settings      // guarded by mu
 	header   *crypt.Header // guarded by mu; the volume key's
@@ -80,7 +82,11 @@ func (v *Volume) open() error {
 	if err := checkBackingStore(v.root); err != nil {
 		return err
 	}
-	return v.load()
+	if err := v.load(); err != nil {
+		return err
+	}
+	v.fixed = v.settings.clone()
+	return nil
 }
 
 // load reads the settings from disk.
@@ -150,16 +156,16 @@ func (v *Volume) Settings() Settings {
 }
 
 // ID is the volume's id.
-func (v *Volume) ID() crypt.VolumeID { return v.settings.ID }
+func (v *Volume) ID() crypt.VolumeID { return v.fixed.ID }
 
 // BlockSize is the size of a plaintext block in bytes.
-func (v *Volume) BlockSize() int { return v.settings.BlockSize }
+func (v *Volume) BlockSize() int { return v.fixed.BlockSize }
 
 // Names says how entries are named on disk.
-func (v *Volume) Names() NamesMode { return v.settings.Names }
+func (v *Volume) Names() NamesMode { return v.fixed.Names }
 
 // Digest names the settings that never change, for the client's pin.
-func (v *Volume) Digest() string { return v.settings.Digest() }
+func (v *Volume) Digest() string { return v.fixed.Digest() }
 
 // Header is the volume key's header. The caller must not change it.
 func (v *Volume) Header() *crypt.Header {
@@ -210,7 +216,7 @@ func (v *Volume) unlock(s *crypt.Secrets) error {
 func (v *Volume) Unlocked() bool { return v.names != nil }
 
 // encrypted reports whether entries have encrypted names.
-func (v *Volume) encrypted() bool { return v.settings.Names == NamesEncrypted }
+func (v *Volume) encrypted() bool { return v.fixed.Names == NamesEncrypted }
 
 // Reload reads the settings again, for a live mount after a rekey; changed
 // says whether the key list or the volume key's header differ from before. What

@@ -34,6 +34,9 @@ type Item struct {
 // otherwise flags are as for Dir.Open. A file that was replaced since it was met
 // is ESTALE.
 func (it *Item) Open(flags int) (int, error) {
+	if it.Err != nil {
+		return -1, it.Err
+	}
 	d := &Dir{fd: it.dir.fd}
 	fd, err := d.openat(it.Name, flags&(openFlags|unix.O_PATH), 0)
 	if err != nil {
@@ -53,10 +56,18 @@ func (it *Item) Open(flags int) (int, error) {
 
 // Hold keeps the item usable after the callback has returned, until Release.
 // Each item held keeps the descriptor of its directory open.
-func (it *Item) Hold() { it.dir.refs.Add(1) }
+func (it *Item) Hold() {
+	if it.dir != nil {
+		it.dir.refs.Add(1)
+	}
+}
 
 // Release ends a Hold.
-func (it *Item) Release() { it.dir.release() }
+func (it *Item) Release() {
+	if it.dir != nil {
+		it.dir.release()
+	}
+}
 
 // walkDir is a directory's descriptor, shared by the walk and the items held.
 type walkDir struct {

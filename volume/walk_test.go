@@ -1,0 +1,266 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"runtime"
+	"sort"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"kmsfs/crypt"
+)
+
+// walk collects the paths of a walk, and its errors by path.
+func walk(t testing.TB, v *Volume) (files []string, bad map[string]error) {
+	t.Helper()
+	bad = map[string]error{}
+	require.NoError(t, v.Walk(context.Background(), func(it *Item) error {
+		if it.Err != nil {
+			bad[it.Path] = it.Err
+			return nil
+		}
+		files = append(files, it.Path)
+		fd, err := it.Open(unix.O_RDONLY)
+		require.NoError(t, err)
+		var st unix.Stat_t
+		require.NoError(t, unix.Fstat(fd, &st))
+		require.Equal(t, st.Ino, it.Stat.Ino)
+		require.NoError(t, unix.Close(fd))
+		return nil
+	}))
+	sort.Strings(files)
+	return files, bad
+}
+
+func TestWalkMeetsEveryFileOnce(t *testing.T) {
+	for _, mode := range bothModes {
+		v, _ := newVolume(t, mode)
+		require.NoError(t, v.Lock(""))
+		d := root(t, v)
+		want := []string{}
+		for i := range 12 {
+			sub := mkdir(t, d, fmt.Sprintf("dir%02d", i))
+			for j := range 5 {
+				touch(t, sub, fmt.Sprintf("f%d", j), "x")
+				want = append(want, fmt.Sprintf("dir%02d/f%d", i, j))
+			}
+			require.NoError(t, sub.Symlink("/etc", "link"))
+			require.NoError(t, sub.Mknod("fifo", unix.S_IFIFO|0o600, 0))
+		}
+		touch(t, d, longName("l"), "x")
+		fd, err := d.OpenPath(longName("l"))
+		require.NoError(t, err)
+		require.NoError(t, d.Link(fd, "second-link"))
+		unix.Close(fd)
+		touch(t, mkdir(t, d, longName("D")), longName("f"), "x")
+		want = append(want, longName("l"), "second-link", longName("D")+"/"+longName("f"))
+		sort.Strings(want)
+		fds := openFDs(t)
+		files, bad := walk(t, v)
+		require.Empty(t, bad)
+		require.Equal(t, want, files)
+		require.Equal(t, fds, openFDs(t))
+
+		locked, err := Open(v.Path())
+		require.NoError(t, err)
+		files, bad = walk(t, locked)
+		require.Empty(t, bad)
+		require.Len(t, files, len(want))
+		if mode == NamesEncrypted {
+			require.NotContains(t, strings.Join(files, " "), "second-link")
+		}
+		for _, f := range files {
+			require.FileExists(t, filepath.Join(v.Path(), f), "without the key, paths are the stored ones")
+		}
+		require.NoError(t, locked.Close())
+	}
+}
+
+func TestWalkOfADeepTree(t *testing.T) {
+	v, _ := newVolume(t, NamesEncrypted)
+	d, err := v.Root()
+	require.NoError(t, err)
+	const depth = 150
+	files := 0
+	for range depth {
+		for j := range 3 { // before and after the way down, in hash order
+			touch(t, d, fmt.Sprintf("file%d", j), "x")
+			require.NoError(t, d.Mkdir(fmt.Sprintf("side%d", j), 0o700))
+			side, err := d.OpenDir(fmt.Sprintf("side%d", j))
+			require.NoError(t, err)
+			touch(t, side, "leaf", "x")
+			side.Close()
+			files += 2
+		}
+		require.NoError(t, d.Mkdir("down", 0o700))
+		next, err := d.OpenDir("down")
+		require.NoError(t, err)
+		d.Close()
+		d = next
+	}
+	d.Close()
+	before, most := openFDs(t), 0
+	n := 0
+	seen := map[string]bool{}
+	require.NoError(t, v.Walk(context.Background(), func(it *Item) error {
+		require.NoError(t, it.Err, it.Path)
+		require.False(t, seen[it.Path], it.Path)
+		seen[it.Path] = true
+		if n++; n%20 == 0 {
+			most = max(most, openFDs(t)-before)
+		}
+		return nil
+	}))
+	require.Equal(t, files, n)
+	require.Equal(t, before, openFDs(t))
+	require.LessOrEqual(t, most, 2*walkOpen+8, "descriptors don't grow with the depth")
+}
+
+func TestWalkHeapDoesNotGrowWithTheTree(t *testing.T) {
+	v, _ := newVolume(t, NamesPlain)
+	d := root(t, v)
+	const files = 8000
+	for i := range files {
+		require.NoError(t, d.Mknod(fmt.Sprintf("a-file-of-some-name-length-%d", i), unix.S_IFREG|0o600, 0))
+	}
+	var before, now runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	n, worst := 0, uint64(0)
+	require.NoError(t, v.Walk(context.Background(), func(*Item) error {
+		if n++; n%2000 == 0 {
+			runtime.GC()
+			runtime.ReadMemStats(&now)
+			worst = max(worst, now.HeapAlloc)
+		}
+		return nil
+	}))
+	require.Equal(t, files, n)
+	require.Less(t, worst, before.HeapAlloc+512<<10)
+}
+
+func TestWalkGoesOnAfterErrors(t *testing.T) {
+	v, _ := newVolume(t, NamesEncrypted)
+	d := root(t, v)
+	touch(t, d, "good", "x")
+	sub := mkdir(t, d, "sub")
+	touch(t, sub, "f", "x")
+	require.NoError(t, unix.Removexattr(dirPath(t, sub), DirXattr))
+	files, bad := walk(t, v)
+	require.Empty(t, bad)
+	require.Len(t, files, 2, "a damaged directory's files have headers too")
+	require.Contains(t, files[0]+files[1], "sub/"+DamagedPrefix)
+	require.Equal(t, "sub", path.Dir(files[1]))
+
+	other := mkdir(t, d, "mnt")
+	if err := unix.Mount("tmpfs", dirPath(t, other), "tmpfs", 0, ""); err == nil {
+		defer unix.Unmount(dirPath(t, other), unix.MNT_DETACH)
+		touchRaw(t, dirPath(t, other), "not-ours")
+		files, bad = walk(t, v)
+		require.Len(t, files, 2)
+		require.ErrorIs(t, bad["mnt"], ErrOtherDevice)
+	}
+}
+
+func TestWalkStops(t *testing.T) {
+	v, _ := newVolume(t, NamesEncrypted)
+	d := root(t, v)
+	for i := range 10 {
+		touch(t, d, fmt.Sprint(i), "x")
+	}
+	stop := errors.New("enough")
+	n := 0
+	require.ErrorIs(t, v.Walk(context.Background(), func(*Item) error { n++; return stop }), stop)
+	require.Equal(t, 1, n)
+	ctx, cancel := context.WithCancel(context.Background())
+	require.ErrorIs(t, v.Walk(ctx, func(*Item) error { cancel(); return nil }), context.Canceled)
+}
+
+// Items may be worked on after the callback, and what took a file's place
+// meanwhile is not opened instead.
+func TestWalkItemsCanBeHeld(t *testing.T) {
+	v, _ := newVolume(t, NamesEncrypted)
+	d := root(t, v)
+	sub := mkdir(t, d, "sub")
+	for _, name := range []string{"kept", "replaced", "gone", "link", "fifo"} {
+		touch(t, sub, name, "x")
+	}
+	before := openFDs(t)
+	held := map[string]*Item{}
+	require.NoError(t, v.Walk(context.Background(), func(it *Item) error {
+		it.Hold()
+		held[path.Base(it.Path)] = it
+		return it.Err
+	}))
+	require.NoError(t, d.Rename("sub", d, "moved", 0))
+	for name, attack := range map[string]func(p string) error{
+		"replaced": func(p string) error { return errors.Join(os.Rename(p, p+"x"), os.WriteFile(p, nil, 0o600)) },
+		"gone":     os.Remove,
+		"link":     func(p string) error { return errors.Join(os.Remove(p), os.Symlink("/etc/passwd", p)) },
+		"fifo":     func(p string) error { return errors.Join(os.Remove(p), unix.Mkfifo(p, 0o666)) },
+	} {
+		require.NoError(t, attack(storedPath(t, sub, name)))
+	}
+	inTime(t, func() {
+		for name, it := range held {
+			fd, err := it.Open(unix.O_RDWR)
+			if name == "kept" {
+				require.NoError(t, err)
+				unix.Close(fd)
+				fd, err = it.Open(unix.O_PATH)
+				require.NoError(t, err)
+				require.NoError(t, SetHeader(fd, []byte("through O_PATH")))
+				unix.Close(fd)
+			} else {
+				require.Error(t, err, name)
+			}
+			it.Release()
+		}
+	})
+	require.Equal(t, before, openFDs(t))
+}
+
+// Directories that are moved away while the walk is deep inside them.
+func TestWalkWhileTheTreeMoves(t *testing.T) {
+	v, _ := newVolume(t, NamesEncrypted)
+	r := root(t, v)
+	mkdir(t, r, "elsewhere")
+	d := r
+	for range walkOpen + 20 {
+		sub := mkdir(t, d, "down")
+		touch(t, sub, "f", "x")
+		d = sub
+	}
+	moved := false
+	inTime(t, func() {
+		require.NoError(t, v.Walk(context.Background(), func(it *Item) error {
+			require.True(t, it.Err == nil || errors.Is(it.Err, ErrMoved), "%v", it.Err)
+			if !moved && strings.Count(it.Path, "/") > walkOpen+10 {
+				moved = true
+				half := openDir(t, openDir(t, r, "down"), "down")
+				require.NoError(t, half.Rename("down", openDir(t, r, "elsewhere"), "x", 0))
+			}
+			return nil
+		}))
+	})
+	require.True(t, moved)
+}
+
+func TestWalkSkipsNothingPlantedAsOurs(t *testing.T) {
+	v, _ := newVolume(t, NamesEncrypted)
+	sub := mkdir(t, root(t, v), "sub")
+	touchRaw(t, dirPath(t, sub), "kmsfs.toml")
+	files, bad := walk(t, v)
+	require.Empty(t, bad)
+	require.Equal(t, []string{"sub/" + DamagedPrefix + "kmsfs.toml"}, files)
+	_, err := v.names.DecryptName(sub.id, "kmsfs.toml")
+	require.ErrorIs(t, err, crypt.ErrDamaged)
+}
