@@ -257,6 +257,23 @@ func request(ctx context.Context, c *net.UnixConn, op string, wait time.Duration
 	return reply, nil
 }
 
+// probing is what kmsfs.lock says while somebody only looks whether the volume is
+// mounted.
+const probing = "looking for a live mount"
+
+// lockVolume takes the volume's lock. Somebody who only looks has it for a moment:
+// that is waited out.
+func lockVolume(v *volume.Volume, owner string) error {
+	var locked *volume.LockedError
+	for tries := 0; ; tries++ {
+		err := v.Lock(owner)
+		if !errors.As(err, &locked) || locked.Holder != nil && locked.Holder.Owner != probing || tries == 40 {
+			return err
+		}
+		time.Sleep(25 * time.Millisecond)
+	}
+}
+
 // holderOf says who has the volume in dir mounted; nil if nobody.
 func holderOf(dir string) (*volume.Holder, error) {
 	v, err := volume.Open(dir)
@@ -264,15 +281,12 @@ func holderOf(dir string) (*volume.Holder, error) {
 		return nil, err
 	}
 	defer v.Close()
-	err = v.Lock("looking for a live mount")
+	err = lockVolume(v, probing)
 	var locked *volume.LockedError
-	if !errors.As(err, &locked) {
-		return nil, err
+	if errors.As(err, &locked) && locked.Holder != nil {
+		return locked.Holder, nil
 	}
-	if locked.Holder == nil {
-		return nil, err
-	}
-	return locked.Holder, nil
+	return nil, err
 }
 
 // here reports whether a holder is a process of this machine.

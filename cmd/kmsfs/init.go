@@ -75,6 +75,7 @@ func (p *program) init(ctx context.Context, dir string, f initFlags) error {
 	if err := f.check(); err != nil {
 		return err
 	}
+	_ = harden() // data keys may pass through this process; who mounts is warned of what fails
 	// Everything that can be refused is refused before a key is made or asked.
 	if err := volume.Prepare(dir); err != nil {
 		return err

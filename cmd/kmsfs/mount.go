@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -60,7 +61,7 @@ pool=N, noexec, noatime. Each stands in the configuration file too.` + statuses(
 // A mounting is one mount in the process that serves it.
 type mounting struct {
 	*program
-	keys, accept []string // --key and --accept-key
+	keys, accept []string // --key and --accept-key; unlock resolves aliases
 	ready        *os.File // tells the parent that we are ready; nil in the foreground
 
 	dir, point string // real paths
@@ -98,12 +99,13 @@ func (m *mounting) serve(ctx context.Context, dir, point string) (err error) {
 		warnings = append(warnings, text)
 	}
 	if text := m.v.Warning(); text != "" {
+		m.warn("%s", text)
 		warnings = append(warnings, text)
 	}
 	for _, w := range warnings {
 		m.log.Warn(w)
 	}
-	return m.mounted(ctx)
+	return m.mounted()
 }
 
 // places makes both paths real and refuses a mountpoint that can't be.
@@ -120,19 +122,17 @@ func (m *mounting) places(dir, point string) (err error) {
 // unlock opens the volume key and takes the volume's lock. Nothing is written
 // into the volume before it is trusted.
 func (m *mounting) unlock(ctx context.Context) (err error) {
-	named, err := m.resolve(ctx, m.provider, m.keys)
-	if err != nil {
+	if m.keys, err = m.resolve(ctx, m.provider, m.keys); err != nil {
 		return err
 	}
-	accept, err := m.resolve(ctx, m.provider, m.accept)
-	if err != nil {
+	if m.accept, err = m.resolve(ctx, m.provider, m.accept); err != nil {
 		return err
 	}
-	ask := trustRequest{Named: named, Accept: accept, AcceptNew: m.cfg.Mount.AcceptNew, Command: m.again}
+	ask := trustRequest{Named: m.keys, Accept: m.accept, AcceptNew: m.cfg.Mount.AcceptNew, Command: m.again}
 	if m.ring, err = m.openTrusted(ctx, m.v, m.provider, ask); err != nil {
 		return err
 	}
-	if err = m.v.Lock("mount on " + m.point); err == nil {
+	if err = lockVolume(m.v, "mount on "+m.point); err == nil {
 		// A rekey between reading kmsfs.toml and taking the lock found no mount to
 		// tell: read it again.
 		_, err = m.reload(ctx)
@@ -167,9 +167,15 @@ func (m *mounting) reload(ctx context.Context) ([]string, error) {
 }
 
 // mounted mounts, serves and cleans up.
-func (m *mounting) mounted(ctx context.Context) (err error) {
+func (m *mounting) mounted() (err error) {
+	// Before there is a mount: a signal between mounting and listening for it
+	// would leave a dead mountpoint.
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	signal.Ignore(syscall.SIGHUP) // a closed terminal is no reason to unmount
+	defer signal.Stop(signals)
 	if m.server, err = fs.Mount(m.options()); err != nil {
-		return &failure{status: exitMount, err: fmt.Errorf("mounting on %s: %w", m.point, err), next: mountAdvice(err)}
+		return &failure{status: exitMount, err: err, next: mountAdvice(err)}
 	}
 	m.tty = false // from here on nobody can be asked
 	control, err := m.listen()
@@ -181,9 +187,10 @@ func (m *mounting) mounted(ctx context.Context) (err error) {
 		return errors.Join(err, m.server.Unmount())
 	}
 	m.log.Info("mounted", "volume", m.v.ID().String(), "dir", m.dir, "mountpoint", m.point, "keys", m.ring.Trusted())
-	stop := m.unmountOnSignal()
+	done := make(chan struct{})
+	go m.unmountOn(signals, done)
 	m.server.Wait()
-	stop()
+	close(done)
 	m.log.Info("unmounted", "mountpoint", m.point)
 	return nil
 }
@@ -204,6 +211,8 @@ func mountAdvice(err error) string {
 		return "load the fuse module and install fusermount3 (package fuse3)"
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		return "check the permissions of /dev/fuse, and user_allow_other in /etc/fuse.conf for --allow-other"
+	case strings.Contains(err.Error(), "fusermount"):
+		return "mend what fusermount3 said above (permissions of /dev/fuse, user_allow_other in /etc/fuse.conf for --allow-other)"
 	}
 	return ""
 }
@@ -223,27 +232,17 @@ func (m *mounting) announce() error {
 	return nil
 }
 
-// unmountOnSignal makes SIGTERM and SIGINT unmount. A mount that is busy is taken
-// out of the tree at once and goes on to serve who has it open.
-func (m *mounting) unmountOnSignal() (stop func()) {
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
-	signal.Ignore(syscall.SIGHUP) // a closed terminal is no reason to unmount
-	done := make(chan struct{})
-	go func() {
-		for {
-			select {
-			case <-done:
-				return
-			case s := <-signals:
-				m.log.Info("unmounting", "signal", s.String())
-				m.unmount()
-			}
+// unmountOn makes SIGTERM and SIGINT unmount. A mount that is busy is taken out of
+// the tree at once and goes on to serve who has it open.
+func (m *mounting) unmountOn(signals <-chan os.Signal, done <-chan struct{}) {
+	for {
+		select {
+		case <-done:
+			return
+		case s := <-signals:
+			m.log.Info("unmounting", "signal", s.String())
+			m.unmount()
 		}
-	}()
-	return func() {
-		signal.Stop(signals)
-		close(done)
 	}
 }
 

@@ -96,11 +96,15 @@ func (p *program) rekey(ctx context.Context, dir string, f rekeyFlags) error {
 	if !f.dryRun && !f.yes && (!p.tty || f.asJSON) {
 		return fail(exitUsage, "look at the plan with --dry-run, then give --yes", "without a terminal kmsfs rekey can't ask whether to go on")
 	}
+	_ = harden() // data keys may pass through this process; who mounts is warned of what fails
 	v, err := volume.Open(dir)
 	if err != nil {
 		return err
 	}
 	defer v.Close()
+	if text := v.Warning(); text != "" {
+		p.warn("%s", text)
+	}
 	provider, err := p.provider()
 	if err != nil {
 		return err

@@ -163,7 +163,7 @@ func diagnose(err error) (status int, next string) {
 // sentence is what a person reads about an error.
 func sentence(err error) string {
 	_, next := diagnose(err)
-	text := strings.ReplaceAll(err.Error(), "\n", "; ")
+	text := strings.ReplaceAll(strings.TrimRight(err.Error(), "\n; "), "\n", "; ")
 	var k *keys.Error
 	if errors.As(err, &k) && k.Region != "" && !strings.Contains(text+next, "region "+k.Region) {
 		text += " (region " + k.Region + ")"
