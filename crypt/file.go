@@ -176,6 +176,25 @@ func (f *File) Unprime() *Fresh {
 	return k
 }
 
+// Primed reports whether the file holds a key it has not used yet.
+func (f *File) Primed() bool {
+	f.shape.RLock()
+	defer f.shape.RUnlock()
+	return f.fresh != nil
+}
+
+// Reprime exchanges a key that the file holds and has not used for k, after a
+// rekey, and returns the old one; or k itself, if it holds none.
+func (f *File) Reprime(k *Fresh) *Fresh {
+	f.shape.Lock()
+	defer f.shape.Unlock()
+	if f.fresh == nil {
+		return k
+	}
+	k, f.fresh = f.fresh, k
+	return k
+}
+
 // Identity is the current generation's, or nil while nothing is stored.
 func (f *File) Identity() *Identity {
 	c := f.cipher.Load()

@@ -392,8 +392,13 @@ func TestFromNothingIsANewKey(t *testing.T) {
 	k := newFresh(t, bs)
 	require.True(t, g.Prime(k))
 	require.False(t, g.Prime(newFresh(t, bs)))
-	require.Same(t, k, g.Unprime())
+	after := newFresh(t, bs)
+	require.Same(t, k, g.Reprime(after), "a rekey exchanges it")
+	require.True(t, g.Primed())
+	require.Same(t, after, g.Unprime())
 	require.Nil(t, g.Unprime())
+	require.Same(t, k, g.Reprime(k), "nothing to exchange")
+	require.False(t, g.Primed())
 }
 
 func TestEndRule(t *testing.T) {

@@ -11,7 +11,7 @@ import (
 )
 
 func TestCacheAge(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inFakeTime(t, func(t *testing.T) {
 		before := crypt.LiveKeys()
 		f := newFake()
 		h := newHeader(t, f, arnA)
@@ -34,7 +34,7 @@ func TestCacheAge(t *testing.T) {
 
 // TestCacheSweepsStragglers: entries of different ages all go in time.
 func TestCacheSweepsStragglers(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inFakeTime(t, func(t *testing.T) {
 		before := crypt.LiveKeys()
 		f := newFake()
 		r := NewRing(RingOptions{Volume: testVolume, Trusted: []string{arnA}, Provider: f, CacheAge: time.Minute})
@@ -113,7 +113,7 @@ func TestClones(t *testing.T) {
 // TestRetainDuringACall: what was asked for before the list changed is not
 // remembered after it.
 func TestRetainDuringACall(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inFakeTime(t, func(t *testing.T) {
 		f := newFake()
 		h := newHeader(t, f, arnA)
 		f.before = slow(time.Second)

@@ -37,6 +37,9 @@ func newFlight(base context.Context, next opener, deadline time.Duration) *fligh
 }
 
 func (f *flight) open(ctx context.Context, h *crypt.Header) (opened, error) {
+	if f.base.Err() != nil {
+		return opened{}, newError(KindUnavailable, opDecrypt, h.Copies[0].Key, errClosed)
+	}
 	raw, err := h.Marshal()
 	if err != nil {
 		return opened{}, fmt.Errorf("a header that can't be stored: %v: %w", err, crypt.ErrDamaged)

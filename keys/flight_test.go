@@ -3,7 +3,6 @@ package keys
 import (
 	"context"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -25,7 +24,7 @@ func slow(d time.Duration) func(context.Context, string, string) error {
 
 func TestConcurrentOpensAreOneCall(t *testing.T) {
 	before := crypt.LiveKeys()
-	synctest.Test(t, func(t *testing.T) {
+	inFakeTime(t, func(t *testing.T) {
 		f := newFake()
 		h, other := newHeader(t, f, arnA), newHeader(t, f, arnA)
 		f.calls, f.before = nil, slow(20*time.Millisecond)
@@ -54,7 +53,7 @@ func TestConcurrentOpensAreOneCall(t *testing.T) {
 // for the others and for the next.
 func TestInterruptedCaller(t *testing.T) {
 	before := crypt.LiveKeys()
-	synctest.Test(t, func(t *testing.T) {
+	inFakeTime(t, func(t *testing.T) {
 		f := newFake()
 		h := newHeader(t, f, arnA)
 		f.calls, f.before = nil, slow(5*time.Second)
@@ -76,7 +75,7 @@ func TestInterruptedCaller(t *testing.T) {
 // TestAbandonedCall: with no caller left, its result is remembered, not lost
 // and not leaked.
 func TestAbandonedCall(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inFakeTime(t, func(t *testing.T) {
 		f := newFake()
 		h := newHeader(t, f, arnA)
 		f.calls, f.before = nil, slow(5*time.Second)
@@ -95,7 +94,7 @@ func TestAbandonedCall(t *testing.T) {
 }
 
 func TestDeadlineOfACall(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inFakeTime(t, func(t *testing.T) {
 		f := newFake()
 		h := newHeader(t, f, arnA)
 		f.before = slow(time.Hour)
@@ -109,7 +108,7 @@ func TestDeadlineOfACall(t *testing.T) {
 
 // TestChangedHeadersFlyApart: a rekeyed header must not share the old one's fate.
 func TestChangedHeadersFlyApart(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inFakeTime(t, func(t *testing.T) {
 		f := newFake()
 		h := newHeader(t, f, arnA, arnB)
 		old, rekeyed := h.Clone(), h.Clone()
@@ -129,7 +128,7 @@ func TestChangedHeadersFlyApart(t *testing.T) {
 }
 
 func TestCloseEndsCalls(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inFakeTime(t, func(t *testing.T) {
 		f := newFake()
 		h := newHeader(t, f, arnA)
 		f.before = slow(time.Hour)

@@ -13,6 +13,9 @@ import (
 const (
 	// poolAge is how long a fresh key may wait for a file.
 	poolAge = 5 * time.Minute
+	// worthwhile is the latency below which nothing is fetched ahead: local
+	// keys, and a loopback KMS, answer sooner.
+	worthwhile = time.Millisecond
 	// longestGap caps what one idle stretch says about demand, so that a burst
 	// after it is seen within a dozen creates.
 	longestGap = time.Minute
@@ -152,7 +155,7 @@ func (p *pool) demandLocked(now time.Time) {
 
 // aheadLocked is how many keys should be ready or on their way.
 func (p *pool) aheadLocked() int {
-	if p.failed != nil {
+	if p.failed != nil || p.latency < worthwhile {
 		return 0
 	}
 	want := 2 * float64(p.latency) / float64(max(p.gap, time.Microsecond))

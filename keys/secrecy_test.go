@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"sync"
 	"testing"
 	"time"
 
@@ -51,17 +52,22 @@ func TestNoKeyInErrors(t *testing.T) {
 		return k
 	}
 	srv := kmstest.New(t, nil)
-	key := srv.CreateKey("us-east-1")
+	a := newShortAWS(t, srv, time.Second)
+	var wg sync.WaitGroup
 	for _, f := range []kmstest.Fault{
 		{Code: "ValidationException"}, {Code: "AccessDeniedException"}, {Code: "KMSInternalException"},
 		{Status: 500}, {Status: 400}, {Reset: true}, {Hang: true}, {Reset: true, Late: true},
 	} {
-		lift := srv.Inject(f)
-		_, err := newShortAWS(t, srv, 150*time.Millisecond).Encrypt(context.Background(), key, testContext, newKey())
-		require.Error(t, err)
-		requireNoSecret(t, err, secret, secret[:16])
-		lift()
+		f.Key = srv.CreateKey("us-east-1")
+		srv.Inject(f)
+		k := newKey()
+		wg.Go(func() {
+			_, err := a.Encrypt(context.Background(), f.Key, testContext, k)
+			require.Error(t, err)
+			requireNoSecret(t, err, secret, secret[:16])
+		})
 	}
+	wg.Wait()
 	l := NewLocal(t.TempDir())
 	_, err := l.Encrypt(context.Background(), "local:none", testContext, newKey())
 	require.Error(t, err)

@@ -93,6 +93,7 @@ func (s *Server) suffer(w http.ResponseWriter, r *http.Request, q *request) bool
 	for _, f := range hits {
 		if f.Delay > 0 && !s.wait(r, f.Delay) {
 			q.call.Error = "gone"
+			reset(w) // an empty answer would read as success
 			return false
 		}
 		if f.Late && (f.Code != "" || f.Status != 0 || f.Reset || f.Hang) {
@@ -133,6 +134,7 @@ func (s *Server) strike(w http.ResponseWriter, r *http.Request, q *request, f Fa
 	case f.Hang:
 		q.call.Error = "hang"
 		s.wait(r, 0)
+		reset(w) // an empty answer would read as success
 	case f.Reset:
 		q.call.Error = "reset"
 		reset(w)

@@ -157,6 +157,13 @@ func (s *Server) SetState(arn, state string) {
 	s.mustLocked(arn).state = state
 }
 
+// State is the state that a key is in.
+func (s *Server) State(arn string) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.mustLocked(arn).state
+}
+
 // Rotate gives a key new material; what the old wrapped still opens.
 func (s *Server) Rotate(arn string) {
 	s.mu.Lock()
