@@ -62,6 +62,10 @@ func TestRekeyLive(t *testing.T) {
 	open, err := os.Open(filepath.Join(point, "d", "0"))
 	require.NoError(t, err)
 	defer open.Close()
+	// Opened before the rekey, written after it: it must not keep the old key.
+	held, err := os.Create(filepath.Join(point, "held"))
+	require.NoError(t, err)
+	defer held.Close()
 
 	r := c.ok("rekey", dir, "--to", "local:next", "--dry-run")
 	require.Contains(t, r.out, "30 headers to move to local:next")
@@ -72,6 +76,9 @@ func TestRekeyLive(t *testing.T) {
 	require.NoError(t, os.Remove(c.path("config/kmsfs/keys/default.key")))
 
 	c.write(filepath.Join(point, "new"), "under the new key")
+	_, err = held.WriteString("written late")
+	require.NoError(t, err)
+	require.NoError(t, held.Close())
 	buf := make([]byte, 20)
 	n, _ := open.Read(buf)
 	require.Equal(t, "contents 0", string(buf[:n]))
@@ -82,6 +89,7 @@ func TestRekeyLive(t *testing.T) {
 		c.reads(filepath.Join(point, "d", fmt.Sprint(i)), fmt.Sprint("contents ", i))
 	}
 	c.reads(filepath.Join(point, "new"), "under the new key")
+	c.reads(filepath.Join(point, "held"), "written late")
 	c.ok("umount", point)
 	for path := range snapshot(t, dir) {
 		if in, err := inspectFile(path); err == nil && in.Use == "file" {

@@ -163,6 +163,12 @@ func (m *mounting) reload(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 	m.ring.SetTrusted(d.Trusted)
+	if m.server != nil {
+		// Files opened empty hold keys under what was first before.
+		if err := m.server.Reprime(ctx); err != nil {
+			return nil, fmt.Errorf("exchanging the fresh keys of open files: %w", err)
+		}
+	}
 	return d.Trusted, remember(m.v.ID().String(), d.Pin)
 }
 
