@@ -32,6 +32,7 @@ func (fs *fileSystem) fuseOptions() fuse.MountOptions {
 		EnableAcl:               fs.acl,
 		Debug:                   o.Debug,
 		Logger:                  fs.fuseLogger(),
+		PanicHandler:            fs.panicked,
 		// Root mounts by itself; others need the setuid helper fusermount3.
 		DirectMountStrict: fs.priv,
 		ExtraCapabilities: fuse.CAP_HANDLE_KILLPRIV_V2 | fuse.CAP_ATOMIC_O_TRUNC | fuse.CAP_READDIRPLUS_AUTO |

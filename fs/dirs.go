@@ -13,7 +13,7 @@ import (
 // ones: an O_PATH descriptor each.
 type dirCache struct {
 	root *cachedDir // never closed before the end
-	max  int
+	max  int        // of descriptors here, and of those of orphans
 
 	mu     sync.Mutex
 	byNode map[*node]*cachedDir // guarded by mu
@@ -44,9 +44,6 @@ func (c *dirCache) init(root *volume.Dir) {
 	c.lru.Init()
 	c.root = &cachedDir{Dir: root, refs: 1}
 }
-
-// limit bounds other descriptors too.
-func (c *dirCache) limit() int64 { return int64(c.max) }
 
 func (c *dirCache) len() int {
 	c.mu.Lock()

@@ -27,11 +27,12 @@
 //
 //  1. file.mu: descriptor, who writes, installing a view. Local I/O may happen
 //     under it.
-//  2. file.modeMu: mode bits, while a header is set on a file that forbids
-//     writing (DESIGN 4.7).
+//  2. file.timesMu: the times, while gaps are settled and the times kept.
 //  3. the locks inside crypt.File.
-//  4. fileTable.mu, dirCache.mu, node and limiter state: leaves, no call is made
-//     under them but close(2).
+//  4. file.modeMu: mode bits, while a header is set on a file that forbids
+//     writing (DESIGN 4.7).
+//  5. fileTable.mu, dirCache.mu, orphanage.mu, limiter.mu: leaves, no call is
+//     made under them but close(2).
 //
 // The kernel holds locks of its own around requests: a directory's while it
 // creates, renames and unlinks in it, an inode's while it truncates or seeks. So

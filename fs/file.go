@@ -31,7 +31,8 @@ type file struct {
 	loading *loading  // guarded by mu; the open that is asking for the key
 	gaps    time.Time // guarded by mu; since when gaps have been seen pending
 
-	modeMu sync.Mutex // mode bits, while a header is being set (volume.Stored)
+	timesMu sync.Mutex // times, while they are kept over a settle
+	modeMu  sync.Mutex // mode bits, while a header is being set (volume.Stored)
 }
 
 func newFile(fs *fileSystem, id fileID) *file {
@@ -160,33 +161,30 @@ func (f *file) stat(fd int, st *unix.Statx_t) error {
 	return err
 }
 
-// leave ends a handle's use of the file; the last writer gives back a key that
-// was not needed. settleFor came before.
-func (f *file) leave(writer bool) {
-	var unused *crypt.Fresh
-	if writer {
-		f.mu.Lock()
-		f.writers--
-		if v := f.view.Load(); f.writers == 0 && v != nil {
-			unused = v.Unprime()
-		}
-		f.mu.Unlock()
-	}
-	if unused != nil {
+// writerLeaves ends a writable handle's hold; after the last one gaps are settled
+// and a key that was not needed goes back.
+func (f *file) writerLeaves() {
+	if unused := f.dropWriter(); unused != nil {
 		f.fs.keys.Return(unused)
 	}
-	f.fs.files.release(f)
 }
 
-// settleFor settles the file if its last writer is about to leave.
-func (f *file) settleFor(writer bool) {
+// dropWriter decides who is last and acts on it in one go: of two that leave at
+// once, one must settle.
+func (f *file) dropWriter() (unused *crypt.Fresh) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if v := f.view.Load(); writer && f.writers == 1 && v != nil && v.Pending() {
+	f.writers--
+	v := f.view.Load()
+	if f.writers > 0 || v == nil {
+		return nil
+	}
+	if v.Pending() {
 		if err := f.settleLocked(v); err != nil {
 			f.fs.log.trouble("writing the gaps of a file", f.id.ino, err)
 		}
 	}
+	return v.Unprime()
 }
 
 func (f *file) settleNow(v *crypt.File) error {
@@ -198,11 +196,13 @@ func (f *file) settleNow(v *crypt.File) error {
 // settleLocked makes pending gaps true on disk, and leaves the times as they
 // were: they are the kernel's to set, and nobody wrote. mu is held.
 func (f *file) settleLocked(v *crypt.File) error {
+	f.timesMu.Lock()
+	defer f.timesMu.Unlock()
 	var st unix.Stat_t
 	fd := f.descriptor()
 	kept := unix.Fstat(fd, &st) == nil
 	err := v.Settle()
-	if kept && f.fs.opts.Writeback {
+	if kept {
 		_ = volume.Utimens(fd, &[2]unix.Timespec{st.Atim, st.Mtim}) // costs only the time itself
 	}
 	f.gaps = time.Time{}

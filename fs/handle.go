@@ -50,13 +50,15 @@ func (n *node) unchanged(st *unix.Statx_t) bool {
 
 // release ends the handle.
 func (h *handle) release() {
+	if h.writer {
+		h.f.writerLeaves()
+	}
 	var st unix.Statx_t
-	h.f.settleFor(h.writer)
 	if h.n.fs.statFd(h.f.descriptor(), &st) == nil {
 		s := stampOf(&st)
 		h.n.seen.Store(&s)
 	}
-	h.f.leave(h.writer)
+	h.n.fs.files.release(h.f)
 }
 
 // read fills dest. A file shorter than that ends; anything else that is missing

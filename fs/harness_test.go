@@ -126,6 +126,8 @@ type world struct {
 	opts    Options
 	vol     *volume.Volume
 	srv     *Server
+
+	storedPaths map[string]string // set by unmountKeepingFiles
 }
 
 type setup struct {
@@ -180,7 +182,9 @@ func (w *world) mount() {
 	w.vol = v
 	o := w.opts
 	o.Volume, o.Keys, o.Mountpoint = v, w.keys, w.mnt
-	o.Logger = slog.New(slog.NewTextHandler(testWriter{w.t}, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.NewTextHandler(testWriter{w.t}, &slog.HandlerOptions{Level: slog.LevelInfo}))
+	}
 	w.srv, err = Mount(o)
 	require.NoError(w.t, err)
 }
@@ -199,9 +203,21 @@ func (w *world) unmount() {
 	w.t.Helper()
 	require.NoError(w.t, w.srv.Unmount())
 	require.Zero(w.t, w.srv.fs.files.len(), "files still open after unmount")
-	require.Zero(w.t, w.srv.fs.orphans.Load(), "descriptors kept after unmount")
+	require.Zero(w.t, w.srv.fs.orphans.len(), "descriptors kept after unmount")
 	require.NoError(w.t, w.vol.Close())
 	w.srv = nil
+}
+
+// unmountKeepingFiles unmounts and notes where each file at the root is stored.
+func (w *world) unmountKeepingFiles() {
+	w.t.Helper()
+	w.storedPaths = make(map[string]string)
+	entries, err := os.ReadDir(w.mnt)
+	require.NoError(w.t, err)
+	for _, e := range entries {
+		w.storedPaths[e.Name()] = w.stored(e.Name())
+	}
+	w.unmount()
 }
 
 func (w *world) remount() {

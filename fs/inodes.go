@@ -66,3 +66,16 @@ func (t *fileTable) all() []*file {
 	}
 	return list
 }
+
+// drain closes every file, with the mount: the kernel does not wait for the
+// RELEASE requests that it has queued.
+func (t *fileTable) drain(end func(*file)) {
+	t.mu.Lock()
+	list := t.byID
+	t.byID = make(map[fileID]*file)
+	t.mu.Unlock()
+	for _, f := range list {
+		end(f)
+		f.close()
+	}
+}

@@ -1,7 +1,6 @@
 package fs
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -9,6 +8,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime/debug"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -255,30 +256,21 @@ func isInside(a, b string) (bool, error) {
 	}
 }
 
-// slogWriter lets go-fuse's logger speak through ours.
-type slogWriter struct {
-	log   *slog.Logger
-	level slog.Level
-}
+// slogWriter lets go-fuse's logger speak through ours. What it has to say is for
+// debugging: requests, and replies that nobody waited for any more.
+type slogWriter struct{ log *slog.Logger }
 
 func (w slogWriter) Write(p []byte) (int, error) {
-	w.log.Log(context.Background(), w.level, "fuse: "+string(trimNewline(p)))
+	w.log.Debug("fuse: " + strings.TrimSuffix(string(p), "\n"))
 	return len(p), nil
 }
 
-func trimNewline(p []byte) []byte {
-	if n := len(p); n > 0 && p[n-1] == '\n' {
-		return p[:n-1]
-	}
-	return p
-}
+func (fs *fileSystem) fuseLogger() *log.Logger { return log.New(slogWriter{fs.opts.Logger}, "", 0) }
 
-func (fs *fileSystem) fuseLogger() *log.Logger {
-	level := slog.LevelWarn
-	if fs.opts.Debug {
-		level = slog.LevelDebug
-	}
-	return log.New(slogWriter{fs.opts.Logger, level}, "", 0)
+// panicked turns a bug in a handler into one failed request.
+func (fs *fileSystem) panicked(reason any) fuse.Status {
+	fs.opts.Logger.Error("a request failed by a bug in kmsfs; please report it", "panic", reason, "stack", string(debug.Stack()))
+	return fuse.EIO
 }
 
 // readAheadKB makes READs as large as requests can be; the kernel's default is 128.

@@ -3,6 +3,7 @@ package fs
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -29,7 +30,9 @@ type fileSystem struct {
 	log   *limiter
 	tend  upkeep
 
-	orphans atomic.Int64 // descriptors kept for removed inodes
+	keyAge atomic.Uint64 // how often Reprime was called
+
+	orphans orphanage
 }
 
 // A fileID names a backing inode for as long as anybody may remember it: numbers
@@ -57,7 +60,7 @@ type node struct {
 	id fileID
 
 	// orphan is an O_PATH descriptor of an inode whose last name went while the
-	// kernel still knows it, plus one; 0 if there is none. Closed by OnForget.
+	// kernel still knows it, plus one; 0 if there is none (orphanage).
 	orphan atomic.Int64
 	// seen is the state of the backing file that the kernel's cached pages
 	// belong to, since the last close.
@@ -76,6 +79,9 @@ func stampOf(st *unix.Statx_t) stamp { return stamp{st.Mtime, st.Ctime, st.Size}
 
 // errMoved says that what a name leads to is not the inode that was meant.
 var errMoved = errors.New("the name leads to another inode now")
+
+// errNameless says that the tree has no name for an inode.
+var errNameless = fmt.Errorf("the inode has no name left: %w", syscall.ESTALE)
 
 // stable is go-fuse's identity of a backing inode. Inode numbers of file systems
 // mounted inside the backing directory are moved apart from the root's.
@@ -198,6 +204,9 @@ func (n *node) viaName(orphaned func(fd int) error, op func(d *volume.Dir, name 
 			return orphaned(int(fd))
 		}
 		err, final := n.onceViaName(op)
+		if err == errNameless && n.orphan.Load() != 0 {
+			continue // it became one just now
+		}
 		if final || !missed(err) {
 			return err
 		}
@@ -218,7 +227,7 @@ func missed(err error) bool {
 func (n *node) onceViaName(op func(d *volume.Dir, name string) error) (err error, final bool) {
 	name, parent := n.Parent()
 	if parent == nil {
-		return errMoved, false
+		return errNameless, true
 	}
 	d, err := n.fs.dirs.acquire(parent.Operations().(*node))
 	if err != nil {
@@ -282,34 +291,6 @@ func (n *node) with(op func(fd int) error) error {
 	return op(p.fd)
 }
 
-// keepOrphan opens what is about to lose the name, so that requests on it which
-// the kernel sends later still find it: fstat of an O_PATH descriptor, an open
-// that lost a race against an atomic replace. It returns what to call when the
-// outcome is known. The number of such descriptors is bounded.
-func (n *node) keepOrphan(d *volume.Dir, name string) (done func(removed bool)) {
-	none := func(bool) {}
-	c := n.known(name)
-	if c == nil || c.orphan.Load() != 0 || c.open() || n.fs.orphans.Load() >= n.fs.dirs.limit() {
-		return none
-	}
-	fd, err := d.OpenPath(name)
-	if err != nil {
-		return none
-	}
-	var st unix.Statx_t
-	if n.fs.statFd(fd, &st) != nil || c.check(&st) != nil || !c.orphan.CompareAndSwap(0, int64(fd)+1) {
-		unix.Close(fd)
-		return none
-	}
-	n.fs.orphans.Add(1)
-	return func(removed bool) {
-		// With a name left it is reached by that one.
-		if !removed || n.fs.statFd(fd, &st) != nil || st.Nlink > 0 && c.Mode() != syscall.S_IFDIR {
-			c.dropOrphan()
-		}
-	}
-}
-
 // known is the node that go-fuse has under a name.
 func (n *node) known(name string) *node {
 	if c := n.GetChild(name); c != nil {
@@ -318,27 +299,10 @@ func (n *node) known(name string) *node {
 	return nil
 }
 
-// open reports whether the node is a file with handles, which hold a descriptor.
-func (n *node) open() bool {
-	f := n.fs.files.find(n.id)
-	if f == nil {
-		return false
-	}
-	defer n.fs.files.release(f)
-	return f.descriptor() >= 0
-}
-
-func (n *node) dropOrphan() {
-	if fd := n.orphan.Swap(0) - 1; fd >= 0 {
-		n.fs.orphans.Add(-1)
-		unix.Close(int(fd))
-	}
-}
-
 var _ = (fusefs.NodeOnForgetter)((*node)(nil))
 
 // OnForget gives back what is kept for an inode that the kernel knows.
 func (n *node) OnForget() {
-	n.dropOrphan()
+	n.fs.orphans.drop(n)
 	n.fs.dirs.forget(n)
 }

@@ -145,6 +145,15 @@ func (n *node) setSize(ctx context.Context, h *handle, size uint64) error {
 
 func (n *node) setMeta(fd int, in *fuse.SetAttrIn) error {
 	n.fs.tend.changed()
+	// A header that is being set may have changed the mode for a moment, gaps
+	// that are being settled the times.
+	if f := n.fs.files.find(n.id); f != nil {
+		defer n.fs.files.release(f)
+		f.timesMu.Lock()
+		defer f.timesMu.Unlock()
+		f.modeMu.Lock()
+		defer f.modeMu.Unlock()
+	}
 	uid, gid := -1, -1
 	if id, set := in.GetUID(); set {
 		uid = int(id)
@@ -157,30 +166,20 @@ func (n *node) setMeta(fd int, in *fuse.SetAttrIn) error {
 			return err
 		}
 	}
-	if err := n.setMode(fd, in); err != nil {
+	if err := setMode(fd, in); err != nil {
 		return err
 	}
 	return setTimes(fd, in)
 }
 
-func (n *node) setMode(fd int, in *fuse.SetAttrIn) error {
-	mode, set := in.GetMode()
-	kill := in.Valid&fuse.FATTR_KILL_SUIDGID != 0
-	if !set && !kill {
-		return nil
-	}
-	// A header that is being set may have changed the mode for a moment.
-	if f := n.fs.files.find(n.id); f != nil {
-		defer n.fs.files.release(f)
-		f.modeMu.Lock()
-		defer f.modeMu.Unlock()
-	}
-	if set {
+// setMode changes the mode, or clears what writing clears.
+func setMode(fd int, in *fuse.SetAttrIn) error {
+	if mode, set := in.GetMode(); set {
 		if err := volume.Chmod(fd, mode); err != nil {
 			return err
 		}
 	}
-	if kill {
+	if in.Valid&fuse.FATTR_KILL_SUIDGID != 0 {
 		return killPriv(fd)
 	}
 	return nil

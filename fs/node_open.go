@@ -66,6 +66,7 @@ func (n *node) Tmpfile(ctx context.Context, flags, mode uint32, out *fuse.EntryO
 func (n *node) create(ctx context.Context, op string, flags uint32, out *fuse.EntryOut,
 	mk func(*volume.Dir) (int, error), undo func(*volume.Dir) error) (*fusefs.Inode, fusefs.FileHandle, uint32, syscall.Errno) {
 	var fresh *crypt.Fresh
+	age := n.fs.keyAge.Load()
 	if writes(flags) {
 		wait, cancel := within(ctx, n.fs.opts.CreateWait)
 		defer cancel()
@@ -81,6 +82,7 @@ func (n *node) create(ctx context.Context, op string, flags uint32, out *fuse.En
 		}
 		return nil, nil, 0, n.errno(op, err)
 	}
+	h.f.primedAt(ctx, age)
 	n.fs.stats.opens.Add(1)
 	n.fs.stats.creates.Add(1)
 	return child, h, fuse.FOPEN_KEEP_CACHE, ok

@@ -196,6 +196,7 @@ func (f *file) change(ctx context.Context, c change) (err error) {
 			f.fs.keys.Return(fresh)
 		}
 	}()
+	age := f.fs.keyAge.Load()
 	for {
 		f.mu.Lock()
 		if f.needsKey(c) && fresh == nil {
@@ -207,6 +208,9 @@ func (f *file) change(ctx context.Context, c change) (err error) {
 		}
 		fresh, err = f.changeLocked(c, fresh)
 		f.mu.Unlock()
+		if err == nil {
+			f.primedAt(ctx, age)
+		}
 		return err
 	}
 }

@@ -108,19 +108,24 @@ func (f *file) settleOld(now time.Time) {
 	}
 }
 
-// finish settles, syncs and closes what is still open when the mount is gone.
+// finish settles, syncs and closes what is still open when the mount is gone and
+// no request is left.
 func (u *upkeep) finish() {
-	for _, f := range u.fs.files.all() {
-		if v := f.view.Load(); v != nil && v.Pending() {
+	u.fs.files.drain(func(f *file) {
+		v := f.view.Load()
+		if v == nil {
+			return
+		}
+		if v.Pending() {
 			if err := f.settleNow(v); err != nil {
 				u.fs.log.trouble("writing the gaps of a file", f.id.ino, err)
 			}
 		}
-		if v := f.view.Load(); v != nil {
-			v.Close() // wipes its keys, whoever still holds the file
+		if unused := v.Unprime(); unused != nil {
+			u.fs.keys.Return(unused)
 		}
-		u.fs.files.release(f)
-	}
+	})
+	u.fs.orphans.drain()
 	if !u.fs.opts.ReadOnly {
 		u.sync()
 	}
