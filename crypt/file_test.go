@@ -593,6 +593,45 @@ func TestNoSpaceInAHole(t *testing.T) {
 	require.True(t, bytes.Equal(want, readAll(t, v.open(t, m, bs))))
 }
 
+// A write that begins in a hole, passes the end and runs out of space leaves the
+// hole whole.
+func TestNoSpaceFromAHolePastTheEnd(t *testing.T) {
+	m, _, f := newTestFile(t, bs, []byte("x"))
+	require.NoError(t, f.Truncate(3<<20))
+	m.room = 10_000
+	_, err := f.WriteAt(pattern(200_000, 1), 3<<20-100_000)
+	require.ErrorIs(t, err, syscall.ENOSPC)
+	require.EqualValues(t, 3<<20, f.Size())
+	readAll(t, f)
+}
+
+// A gap needs no space: where zeros can't be sealed it becomes a hole.
+func TestSettleWithoutSpace(t *testing.T) {
+	m, v, f := newTestFile(t, bs, nil)
+	v.prime(t, f, bs)
+	_, err := f.WriteAt([]byte("end"), 100_000)
+	require.NoError(t, err)
+	m.room = bs + RecordOverhead + 5
+	require.NoError(t, f.Settle())
+	require.False(t, f.Pending())
+	want := append(make([]byte, 100_000), "end"...)
+	require.True(t, bytes.Equal(want, readAll(t, v.open(t, m, bs))))
+}
+
+// An allocation that fails half-way leaves an empty file that can be written.
+func TestAllocateWithoutSpace(t *testing.T) {
+	m, v, f := newTestFile(t, bs, nil)
+	v.prime(t, f, bs)
+	m.room = 3 << 20
+	require.ErrorIs(t, f.Allocate(0, 8<<20, false), syscall.ENOSPC)
+	require.Zero(t, f.Size())
+	require.Zero(t, len(m.data))
+	m.room = -1
+	_, err := f.WriteAt([]byte("hello"), 0)
+	require.NoError(t, err)
+	require.Equal(t, "hello", string(readAll(t, v.open(t, m, bs))))
+}
+
 // Appending at a boundary overwrites the empty record and no earlier one; the
 // tail comes from memory, so nothing is read.
 func TestAppendReadsNothing(t *testing.T) {

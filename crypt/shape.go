@@ -154,10 +154,18 @@ func (f *File) cutBack(old int64) error {
 	if f.size.Load() == old {
 		return nil
 	}
-	if old == 0 {
-		return f.cutAll()
+	if old > 0 {
+		return f.cut(old, f.size.Load())
 	}
-	return f.cut(old, f.size.Load())
+	// Unlike cutAll, this keeps the generation: this process installed it for
+	// this growth, its writer holds no other, and no byte is left under it.
+	if err := f.b.Truncate(0); err != nil {
+		return err
+	}
+	f.size.Store(0)
+	f.tail = nil
+	f.pending.remove(0, f.l.max())
+	return nil
 }
 
 // zeros is plaintext for holes; nobody writes to it.
@@ -332,8 +340,9 @@ func (f *File) Pending() bool {
 }
 
 // Settle makes pending gaps true on disk: up to 1 MiB in all is sealed as
-// zeros, more is declared a hole, mark first. A crash before it leaves gaps
-// that read EBADMSG, never unauthenticated zeros.
+// zeros, more is declared a hole, mark first; so is what the store has no room
+// for, since a hole needs none. A crash before it leaves gaps that read EBADMSG,
+// never unauthenticated zeros.
 func (f *File) Settle() error {
 	if !f.Pending() {
 		return nil
@@ -350,10 +359,13 @@ func (f *File) Settle() error {
 		return err
 	}
 	for _, r := range runs {
-		if marked || blocks*f.l.block > zeroLimit {
-			err = f.declare(c, r[0], r[1])
-		} else {
+		declare := marked || blocks*f.l.block > zeroLimit
+		if !declare {
 			err = f.overwriteZeros(c, r[0]*f.l.block, r[1]*f.l.block)
+			declare = errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+		}
+		if declare {
+			err = f.declare(c, r[0], r[1])
 		}
 		if err != nil {
 			return err

@@ -162,7 +162,10 @@ func (f *File) extend(w *write, size int64) error {
 	if err := f.padTail(w, size); err != nil {
 		return f.putBack(size, err)
 	}
-	if _, err := f.put(w.records, w.first); err != nil {
+	if n, err := f.put(w.records, w.first); err != nil {
+		if w.first+int64(n)/f.l.record < f.l.tail(size) {
+			f.repairTorn(w, int64(n), size)
+		}
 		return f.putBack(size, err)
 	}
 	if gap := f.l.tail(size + f.l.block - 1); gap < w.first {

@@ -74,6 +74,11 @@ func (v *Volume) hold(f *os.File, owner string) error {
 	if err := checkRegular(fd); err != nil {
 		return fmt.Errorf("%s in %s: %w", LockFile, v.path, err)
 	}
+	// A hard link planted as kmsfs.lock would have us empty somebody's file.
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil || st.Nlink != 1 {
+		return fmt.Errorf("%s in %s has %d names, so it is not ours: remove that name of it and try again", LockFile, v.path, st.Nlink)
+	}
 	err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		return &LockedError{Path: v.path, Holder: readHolder(f)}
