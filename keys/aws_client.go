@@ -166,6 +166,7 @@ func (a *AWS) call(ctx context.Context, op, key string, f func(context.Context, 
 		case !e.Kind.retryable():
 			return e
 		}
+		noteAttempt(ctx, e)
 		last = worst(e, last)
 		if !pause(ctx, backoff) {
 			return concluded(contextError(ctx, op, key), last)

@@ -528,3 +528,25 @@ func TestNegativeDeadline(t *testing.T) {
 	_, err := NewAWS(AWSOptions{Deadline: -1})
 	require.Error(t, err)
 }
+
+// TestThrottledWaiters: who waits for a call less long than it is retried hears
+// that KMS did answer.
+func TestThrottledWaiters(t *testing.T) {
+	srv := kmstest.New(t, nil)
+	throttled, silent := srv.CreateKey("us-east-1"), srv.CreateKey("us-east-1")
+	a := newTestAWS(t, srv)
+	h := map[string]*crypt.Header{throttled: newHeader(t, a, throttled), silent: newHeader(t, a, silent)}
+	srv.Inject(kmstest.Fault{Key: throttled, Code: "ThrottlingException"})
+	srv.Inject(kmstest.Fault{Key: silent, Hang: true})
+	for key, want := range map[string]error{throttled: crypt.ErrKeyUnavailable, silent: crypt.ErrKeyTimeout} {
+		r := newTestRing(t, a, nil, key)
+		for _, call := range []func(context.Context) error{
+			func(ctx context.Context) error { _, err := r.Fresh(ctx); return err },
+			func(ctx context.Context) error { _, err := r.Open(ctx, h[key]); return err },
+		} {
+			ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
+			require.ErrorIs(t, call(ctx), want, key)
+			cancel()
+		}
+	}
+}

@@ -26,6 +26,7 @@ type flight struct {
 
 type flightCall struct {
 	done    chan struct{} // closed when result and err are set
+	tries   *attempts     // set before the call starts
 	waiters int           // guarded by flight.mu; who still wants the result
 	landed  bool          // guarded by flight.mu
 	result  opened        // wiped with the last waiter
@@ -53,7 +54,7 @@ func (f *flight) open(ctx context.Context, h *crypt.Header) (opened, error) {
 		}
 		return c.result.clone()
 	case <-ctx.Done():
-		return opened{}, contextError(ctx, opDecrypt, h.Copies[0].Key)
+		return opened{}, c.tries.left(contextError(ctx, opDecrypt, h.Copies[0].Key))
 	}
 }
 
@@ -65,14 +66,15 @@ func (f *flight) join(id string, h *crypt.Header) *flightCall {
 		f.joined++
 		return c
 	}
-	c := &flightCall{done: make(chan struct{}), waiters: 1}
+	base, tries := withAttempts(f.base)
+	c := &flightCall{done: make(chan struct{}), tries: tries, waiters: 1}
 	f.calls[id] = c
-	go f.run(id, c, h.Clone())
+	go f.run(base, id, c, h.Clone())
 	return c
 }
 
-func (f *flight) run(id string, c *flightCall, h *crypt.Header) {
-	ctx, cancel := context.WithTimeout(f.base, f.deadline)
+func (f *flight) run(base context.Context, id string, c *flightCall, h *crypt.Header) {
+	ctx, cancel := context.WithTimeout(base, f.deadline)
 	defer cancel()
 	result, err := f.next.open(ctx, h)
 	f.mu.Lock()

@@ -42,10 +42,11 @@ type pool struct {
 	base     context.Context
 
 	mu       sync.Mutex
-	ready    []spare       // guarded by mu; oldest first
-	waiters  []chan result // guarded by mu; first come, first served
-	inflight int           // guarded by mu; fetches of this generation
-	gen      uint64        // guarded by mu; what an older generation fetched is wiped
+	ready    []spare            // guarded by mu; oldest first
+	waiters  []chan result      // guarded by mu; first come, first served
+	inflight int                // guarded by mu; fetches of this generation
+	tries    map[*attempts]bool // guarded by mu; of those fetches
+	gen      uint64             // guarded by mu; what an older generation fetched is wiped
 	ctx      context.Context
 	cancel   context.CancelFunc // guarded by mu, like ctx: they end with the generation
 	closed   bool               // guarded by mu
@@ -76,7 +77,7 @@ type result struct {
 var errClosed = errors.New("the key ring is closed")
 
 func newPool(base context.Context, next maker, current func() string, max int, deadline time.Duration) *pool {
-	p := &pool{next: next, current: current, deadline: deadline, max: max, age: poolAge, base: base}
+	p := &pool{next: next, current: current, deadline: deadline, max: max, age: poolAge, base: base, tries: map[*attempts]bool{}}
 	p.ctx, p.cancel = context.WithCancel(base)
 	return p
 }
@@ -126,16 +127,27 @@ func (p *pool) enter(now time.Time) (w chan result, r result, ok bool) {
 
 // leave takes a waiter out of the queue. If its key arrived meanwhile, the
 // caller gets it after all.
-func (p *pool) leave(w chan result, err error) result {
+func (p *pool) leave(w chan result, err *Error) result {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for i := range p.waiters {
 		if p.waiters[i] == w {
 			p.waiters = append(p.waiters[:i:i], p.waiters[i+1:]...)
-			return result{err: err}
+			return result{err: p.leftLocked(err)}
 		}
 	}
 	return <-w
+}
+
+// leftLocked is what a waiter hears who leaves. No fetch is anybody's own: if one
+// of them was answered, the key service is there, and refuses or fails.
+func (p *pool) leftLocked(end *Error) *Error {
+	for a := range p.tries {
+		if e := a.left(end); e != end {
+			return e
+		}
+	}
+	return end
 }
 
 // demandLocked learns how fast keys are taken. It follows a rising demand
@@ -170,17 +182,20 @@ func (p *pool) refillLocked() {
 	want := len(p.waiters) + p.aheadLocked() - len(p.ready)
 	for p.inflight < want && p.inflight < max(p.max, 1) {
 		p.inflight++
-		go p.fetch(p.ctx, p.gen)
+		ctx, tries := withAttempts(p.ctx)
+		p.tries[tries] = true
+		go p.fetch(ctx, p.gen, tries)
 	}
 }
 
-func (p *pool) fetch(ctx context.Context, gen uint64) {
+func (p *pool) fetch(ctx context.Context, gen uint64, tries *attempts) {
 	ctx, cancel := context.WithTimeout(ctx, p.deadline)
 	defer cancel()
 	start := time.Now()
 	f, err := p.next.make(ctx, crypt.UseFile)
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	delete(p.tries, tries)
 	if p.closed || gen != p.gen {
 		wipeFresh(f)
 		return
@@ -271,6 +286,7 @@ func (p *pool) drop() {
 func (p *pool) dropLocked() {
 	p.cancel()
 	p.gen++
+	clear(p.tries)
 	p.inflight, p.failed, p.penalty, p.retryAt = 0, nil, 0, time.Time{}
 	for _, s := range p.ready {
 		wipeFresh(s.fresh)

@@ -233,3 +233,47 @@ func TestCloseFreesWaiters(t *testing.T) {
 		require.ErrorIs(t, err, errClosed)
 	})
 }
+
+// retried is a key service that fails the first attempt after a while, as it
+// does when it throttles, and is still being retried.
+func retried(answer Kind) func(context.Context, string, string) error {
+	return func(ctx context.Context, op, key string) error {
+		time.Sleep(time.Second)
+		noteAttempt(ctx, newError(answer, op, key, nil))
+		return slow(time.Hour)(ctx, op, key)
+	}
+}
+
+// TestThrottledCreate: ETIMEDOUT is for a service from which nothing was heard.
+func TestThrottledCreate(t *testing.T) {
+	for answer, want := range map[Kind]error{
+		KindUnavailable: crypt.ErrKeyUnavailable,
+		KindTimeout:     crypt.ErrKeyTimeout,
+	} {
+		poolTest(t, 0, func(t *testing.T, f *fake, r *Ring) {
+			h := newHeader(t, f, arnA)
+			f.before = func(ctx context.Context, op, key string) error {
+				if key == arnB {
+					return slow(time.Hour)(ctx, op, key)
+				}
+				return retried(answer)(ctx, op, key)
+			}
+			for _, call := range []func(context.Context) error{
+				func(ctx context.Context) error { _, err := r.Fresh(ctx); return err },
+				func(ctx context.Context) error { _, err := r.Open(ctx, h); return err },
+			} {
+				ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+				require.ErrorIs(t, call(ctx), want)
+				cancel()
+				ctx, cancel = context.WithCancel(context.Background())
+				time.AfterFunc(2*time.Second, cancel)
+				require.ErrorIs(t, call(ctx), crypt.ErrInterrupted)
+			}
+			r.SetTrusted([]string{arnB}) // whose service has said nothing yet
+			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+			defer cancel()
+			_, err := r.Fresh(ctx)
+			require.ErrorIs(t, err, crypt.ErrKeyTimeout)
+		})
+	}
+}

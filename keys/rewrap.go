@@ -95,7 +95,8 @@ func sameRegion(a, b string) bool {
 }
 
 // Rewrap wraps the data key of h, as the copy under from has it, with to, and
-// returns the new copy. The header is not changed. A header of another volume
+// returns the new copy. From is the trusted list's name and decides which region
+// is called; the copy may be labelled as a replica of it. The header is not changed. A header of another volume
 // is refused without a call; where the data key passes through this process, it
 // is checked against the commitment before it is wrapped.
 func (w *Rewrapper) Rewrap(ctx context.Context, h *crypt.Header, from, to string) (crypt.Copy, error) {

@@ -119,3 +119,16 @@ func TestRewrapRefuses(t *testing.T) {
 	require.ErrorIs(t, err, crypt.ErrDamaged)
 	require.Equal(t, []string{opDecrypt + " " + arnA}, f.calls)
 }
+
+// TestRewrapGoesWhereItIsTold: a multi-Region key's label, which whoever writes
+// the backing directory can change, finds the copy and chooses no region.
+func TestRewrapGoesWhereItIsTold(t *testing.T) {
+	f := newFake()
+	h := newHeader(t, f, arnMRK)
+	h.Copies[0].Key = arnMRK2
+	f.calls = nil
+	moved, err := NewRewrapper(f, testVolume).Rewrap(context.Background(), h, arnMRK, arnC)
+	require.NoError(t, err)
+	require.Equal(t, []string{opReEncrypt + " " + arnMRK}, f.calls)
+	require.Equal(t, arnC, moved.Key)
+}

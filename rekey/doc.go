@@ -13,7 +13,9 @@
 //  1. the new key's copy of the volume key, and the new key in first place, go
 //     into kmsfs.toml in one rename;
 //  2. a live mount adopts that list and drops the fresh keys it holds;
-//  3. the tree is swept until a full pass finds nothing under the old key;
+//  3. the tree is swept until a full pass finds nothing under the old key and no
+//     entry vanished under it, for that may have been a rename to a place which the
+//     pass had behind it; a tree that never rests keeps its old key;
 //  4. the backing store is synced;
 //  5. only then the old key leaves kmsfs.toml.
 //

@@ -16,6 +16,9 @@ var (
 	ErrAmbiguous = errors.New("more than one copy could be replaced; say which with --from")
 	// ErrSameKey: source and target are one key.
 	ErrSameKey = errors.New("the old and the new key are the same")
+	// ErrRestless: no pass over the tree was quiet enough to prove that nothing is
+	// left under the old key.
+	ErrRestless = errors.New("files were renamed, removed or still moved during every pass; run this again when the tree is quieter")
 	// ErrReload: a live mount did not adopt the new key list.
 	ErrReload = errors.New("a live mount did not adopt the new key list")
 	// ErrGaveUp: the key service refused so many files in a row that going on
@@ -25,7 +28,8 @@ var (
 
 // A Rewrapper turns the copy of a header's data key under one key into a copy
 // under another. It checks the commitment whenever the plaintext passes through
-// this process.
+// this process. from is the name in the trusted list, which decides what is asked
+// where; the label of h's only copy may name a replica of it (crypt.SameKey).
 type Rewrapper interface {
 	Route(from, to string) (Route, error)
 	Rewrap(ctx context.Context, h *crypt.Header, from, to string) (crypt.Copy, error)
@@ -94,7 +98,7 @@ const (
 	Rewrapped Outcome = "rewrapped" // moved to the new key now
 	Already   Outcome = "already"   // is under the new key, or has no copy under the old one
 	Empty     Outcome = "empty"     // holds no bytes: its next contents get a fresh key
-	Gone      Outcome = "gone"      // deleted meanwhile
+	Gone      Outcome = "gone"      // deleted or renamed meanwhile: another pass has to look
 	Bad       Outcome = "bad"       // no valid header of this volume under a trusted key: nothing to move
 	Failed    Outcome = "failed"    // could be under the old key still
 )
@@ -124,6 +128,7 @@ type Report struct {
 	Already   int
 	Bad       int
 	Failed    int
+	Gone      int
 	Calls     int
 	Passes    int
 	Problems  []Problem // the first of them, at most maxProblems

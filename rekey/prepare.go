@@ -18,7 +18,10 @@ func (j *job) resolve() error {
 	if err := crypt.CheckKeyName(j.o.To); err != nil {
 		return fmt.Errorf("the new key: %w", err)
 	}
-	others := without(j.tree.Settings().Keys, j.o.To)
+	others, err := j.listed(j.tree.Settings().Keys)
+	if err != nil {
+		return err
+	}
 	switch {
 	case j.o.From == j.o.To:
 		return fmt.Errorf("%s: %w", j.o.To, ErrSameKey)
@@ -30,9 +33,6 @@ func (j *job) resolve() error {
 		j.old = others
 	}
 	for _, k := range j.old {
-		if !j.trusts(k) {
-			return fmt.Errorf("%s: %w", k, ErrUntrusted)
-		}
 		if _, err := j.rw.Route(k, j.o.To); err != nil {
 			return fmt.Errorf("moving from %s to %s: %w", k, j.o.To, err)
 		}
@@ -40,12 +40,42 @@ func (j *job) resolve() error {
 	return nil
 }
 
-func (j *job) trusts(key string) bool {
-	return key == j.o.From || slices.ContainsFunc(j.o.Trusted, func(t string) bool { return crypt.SameKey(t, key) })
+// trusted is the client's own name for a key that a header or kmsfs.toml names: the
+// same, or that of the replica which the client trusts. "" if it trusts neither.
+func (j *job) trusted(name string) string {
+	list := append([]string{j.o.From, j.o.To}, j.o.Trusted...)
+	if slices.Contains(list, name) {
+		return name
+	}
+	i := slices.IndexFunc(list, func(t string) bool { return crypt.SameKey(t, name) })
+	if i < 0 {
+		return ""
+	}
+	return list[i]
 }
 
-func without(keys []string, drop ...string) []string {
-	return slices.DeleteFunc(slices.Clone(keys), func(k string) bool { return slices.Contains(drop, k) })
+// listed are the keys of kmsfs.toml but the new one, by the client's names. One
+// that the client does not trust was planted, or belongs to a change that this
+// client has not seen: writing it back would sign it off for every reader.
+func (j *job) listed(list []string) ([]string, error) {
+	var out []string
+	for _, k := range list {
+		t := j.trusted(k)
+		if t == "" {
+			return nil, fmt.Errorf("%s lists %s: %w", volume.SettingsFile, k, ErrUntrusted)
+		}
+		if t != j.o.To && !slices.Contains(out, t) {
+			out = append(out, t)
+		}
+	}
+	return out, nil
+}
+
+// leaves reports whether a label is that of an old key, or the new key's under
+// another region's name.
+func (j *job) leaves(label string) bool {
+	t := j.trusted(label)
+	return label != j.o.To && (t == j.o.To || slices.Contains(j.old, t))
 }
 
 // errAgain: kmsfs.toml changed while the key service was asked.
@@ -72,12 +102,16 @@ func (j *job) prepareOnce(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("the volume key's header: %w", err)
 	}
-	source, err := j.volumeSource(h)
+	others, err := j.listed(s.Keys)
 	if err != nil {
 		return err
 	}
-	if source != "" {
-		if h, err = j.rewrapVolumeKey(ctx, h, source); err != nil {
+	from, err := j.volumeSource(h)
+	if err != nil {
+		return err
+	}
+	if from.label != "" {
+		if h, err = j.rewrapVolumeKey(ctx, h, from); err != nil {
 			return err
 		}
 	}
@@ -86,7 +120,7 @@ func (j *job) prepareOnce(ctx context.Context) error {
 		return fmt.Errorf("the volume key's new header: %w", err)
 	}
 	j.blobSize = len(exact(h, j.o.To).Blob)
-	keys := append([]string{j.o.To}, without(s.Keys, j.o.To)...)
+	keys := append([]string{j.o.To}, others...)
 	if bytes.Equal(raw, s.Header) && slices.Equal(keys, s.Keys) {
 		return nil
 	}
@@ -99,24 +133,24 @@ func (j *job) prepareOnce(ctx context.Context) error {
 	})
 }
 
-// volumeSource is the key whose copy of the volume key is rewrapped; "" if only
-// the new key's copy is left.
-func (j *job) volumeSource(h *crypt.Header) (string, error) {
-	for _, k := range append(slices.Clone(j.old), j.o.Trusted...) {
-		if k != j.o.To && exact(h, k) != nil {
-			return k, nil
+// volumeSource is the copy of the volume key that is rewrapped; none if only the
+// new key's copy is left.
+func (j *job) volumeSource(h *crypt.Header) (source, error) {
+	for _, k := range append(append(slices.Clone(j.old), j.o.Trusted...), j.o.To) {
+		if from := j.copyUnder(h, k); from.label != "" {
+			return from, nil
 		}
 	}
 	if exact(h, j.o.To) == nil {
-		return "", fmt.Errorf("the volume key has no copy under a trusted key: %w", ErrUntrusted)
+		return source{}, fmt.Errorf("the volume key has no copy under a trusted key: %w", ErrUntrusted)
 	}
-	return "", nil
+	return source{}, nil
 }
 
-func (j *job) rewrapVolumeKey(ctx context.Context, h *crypt.Header, source string) (*crypt.Header, error) {
-	c, err := j.rewrap(ctx, h, source)
+func (j *job) rewrapVolumeKey(ctx context.Context, h *crypt.Header, from source) (*crypt.Header, error) {
+	c, err := j.rewrap(ctx, h, from)
 	if err != nil {
-		return nil, fmt.Errorf("rewrapping the volume key from %s to %s: %w", source, j.o.To, err)
+		return nil, fmt.Errorf("rewrapping the volume key from %s to %s: %w", from.key, j.o.To, err)
 	}
 	// The old copy stays until step 5.
 	return replaceCopy(h, c, j.o.To), nil
@@ -133,8 +167,11 @@ func (j *job) close() error {
 		if exact(h, j.o.To) == nil || !slices.Contains(now.Keys, j.o.To) {
 			return fmt.Errorf("another process took %s out of kmsfs.toml meanwhile: %w", j.o.To, errAgain)
 		}
-		h.Copies = slices.DeleteFunc(slices.Clone(h.Copies), func(c crypt.Copy) bool { return slices.Contains(j.old, c.Key) })
-		now.Keys = without(now.Keys, j.old...)
+		if _, err := j.listed(now.Keys); err != nil { // one may have been planted since step 1
+			return err
+		}
+		h.Copies = slices.DeleteFunc(slices.Clone(h.Copies), func(c crypt.Copy) bool { return j.leaves(c.Key) })
+		now.Keys = slices.DeleteFunc(slices.Clone(now.Keys), j.leaves)
 		now.Header, err = h.Marshal()
 		return err
 	})

@@ -30,12 +30,13 @@ type vault struct {
 	keys  map[string]*crypt.Key // by ticket
 	under map[string]string     // ticket -> KMS key
 	calls map[crypt.FileID]int
+	asked map[string]int // by the name of the source that was called
 	fail  func(h *crypt.Header) error
 	size  int // length of a ticket under newKey; 0 = as the others
 }
 
 func newVault() *vault {
-	return &vault{keys: map[string]*crypt.Key{}, under: map[string]string{}, calls: map[crypt.FileID]int{}}
+	return &vault{keys: map[string]*crypt.Key{}, under: map[string]string{}, calls: map[crypt.FileID]int{}, asked: map[string]int{}}
 }
 
 func (v *vault) wrap(kms string, k *crypt.Key) crypt.Copy {
@@ -75,12 +76,13 @@ func (v *vault) Rewrap(_ context.Context, h *crypt.Header, from, to string) (cry
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.calls[h.File]++
+	v.asked[from]++
 	if v.fail != nil {
 		if err := v.fail(h); err != nil {
 			return crypt.Copy{}, err
 		}
 	}
-	c := exact(h, from)
+	c := h.Find(from)
 	if c == nil || v.under[string(c.Blob)] != from {
 		return crypt.Copy{}, crypt.ErrDamaged
 	}
@@ -504,7 +506,10 @@ func TestRefusals(t *testing.T) {
 		want error
 	}{
 		"untrusted volume key": {[]string{oldKey}, Options{Trusted: []string{otherKey}}, ErrUntrusted},
-		"two old keys":         {[]string{oldKey, otherKey}, Options{}, ErrAmbiguous},
+		"two old keys":         {[]string{oldKey, otherKey}, Options{Trusted: []string{oldKey, otherKey}}, ErrAmbiguous},
+		"planted key":          {[]string{oldKey, otherKey}, Options{}, ErrUntrusted},
+		"planted, with --from": {[]string{oldKey, otherKey}, Options{From: oldKey}, ErrUntrusted},
+		"planted in front":     {[]string{otherKey, oldKey}, Options{From: oldKey, Trusted: []string{oldKey}}, ErrUntrusted},
 		"same key":             {[]string{oldKey}, Options{To: oldKey, From: oldKey}, ErrSameKey},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -524,7 +529,7 @@ func TestFromReplacesOneCopy(t *testing.T) {
 	s.file("both", oldKey, otherKey)
 	s.file("other", otherKey)
 	before := s.bytes("other")
-	r, err := s.run(Options{From: oldKey})
+	r, err := s.run(Options{From: oldKey, Trusted: []string{oldKey, otherKey}})
 	require.NoError(t, err)
 	require.True(t, r.Done)
 	h := s.read("both")
@@ -623,4 +628,184 @@ func TestTwoAtOnce(t *testing.T) {
 		s.moved(fmt.Sprint("f", i))
 	}
 	s.closed()
+}
+
+// A restless tree is one where things happen while a pass has listed a directory
+// and not yet looked at its entries. Pass 1 is the plan.
+type restless struct {
+	tree
+	pass   int
+	during func(pass int)
+}
+
+func (r *restless) Walk(ctx context.Context, visit func(*volume.Item) error) error {
+	r.pass++
+	first := true
+	return r.tree.Walk(ctx, func(it *volume.Item) error {
+		if first {
+			first = false
+			r.during(r.pass)
+		}
+		return visit(it)
+	})
+}
+
+// renamer makes a stage whose one file under the old key is renamed during the
+// first passes of the sweep.
+func renamer(t *testing.T, passes int) (*stage, tree, *string) {
+	s := newStage(t, oldKey)
+	for i := range 30 {
+		s.file(fmt.Sprint("f", i), newKey)
+	}
+	s.file("old", oldKey)
+	name := "old"
+	return s, &restless{tree: s.open(), during: func(pass int) {
+		if pass == 1 || pass > passes+1 {
+			return
+		}
+		next := fmt.Sprint("moved", pass)
+		require.NoError(t, os.Rename(filepath.Join(s.dir, name), filepath.Join(s.dir, next)))
+		name = next
+	}}, &name
+}
+
+// A file renamed while a pass is under way may have gone where that pass has been.
+func TestRenamedFileMeansAnotherPass(t *testing.T) {
+	s, tree, name := renamer(t, 5)
+	r, err := run(context.Background(), tree, s.vault, Options{To: newKey, Trusted: []string{oldKey}})
+	require.NoError(t, err)
+	require.True(t, r.Done)
+	require.Zero(t, r.Gone)
+	s.moved(*name)
+	s.closed()
+}
+
+// A tree that never rests keeps its old key, and is told so.
+func TestRestlessTreeKeepsTheOldKey(t *testing.T) {
+	s, tree, name := renamer(t, 10*maxPasses)
+	r, err := run(context.Background(), tree, s.vault, Options{To: newKey, Trusted: []string{oldKey}})
+	require.NoError(t, err)
+	require.False(t, r.Done)
+	require.NoError(t, s.vault.unwrap(s.read(*name), oldKey))
+	require.Equal(t, maxPasses, r.Passes)
+	require.Equal(t, 1, r.Failed)
+	require.ErrorIs(t, r.Problems[0].Err, ErrRestless)
+	require.Empty(t, r.Retired)
+	s.stillBoth()
+}
+
+// What vanishes under the plan, or under a pass, is no bad file.
+func TestVanishedIsNotBad(t *testing.T) {
+	s := newStage(t, newKey)
+	names := []string{"a", "b", "c", "d"}
+	for _, n := range names {
+		s.file(n, newKey)
+	}
+	tree := &restless{tree: s.open(), during: func(pass int) {
+		if pass <= 2 {
+			for _, n := range names[2*pass-2 : 2*pass] {
+				require.NoError(t, os.Remove(filepath.Join(s.dir, n)))
+			}
+		}
+	}}
+	r, err := run(context.Background(), tree, s.vault, Options{To: newKey})
+	require.NoError(t, err)
+	require.True(t, r.Done)
+	require.Zero(t, r.Plan.Bad)
+	require.Equal(t, 2, r.Passes, "the first pass had files vanish")
+	require.Empty(t, r.Problems)
+}
+
+const (
+	mrkEast  = "arn:aws:kms:us-east-1:111122223333:key/mrk-33333333333333333333333333333333"
+	mrkWest  = "arn:aws:kms:us-west-2:111122223333:key/mrk-33333333333333333333333333333333"
+	mrkSouth = "arn:aws:kms:af-south-1:111122223333:key/mrk-33333333333333333333333333333333"
+)
+
+// relabel changes the region that a header's copy claims, as whoever writes the
+// backing directory can.
+func (s *stage) relabel(name, label string) {
+	s.t.Helper()
+	h := s.read(name)
+	h.Copies[0].Key = label
+	raw, err := h.Marshal()
+	require.NoError(s.t, err)
+	s.raw(name, raw)
+}
+
+// The region called is that of the client's own key, whatever a header says; and
+// such a file is not passed over, for its data key is under the old key.
+func TestLabelDoesNotChooseTheRegion(t *testing.T) {
+	for name, from := range map[string]string{"the only copy": "", "with --from": mrkEast} {
+		t.Run(name, func(t *testing.T) {
+			s := newStage(t, mrkEast)
+			s.file("a", mrkEast)
+			s.file("b", mrkEast)
+			s.relabel("b", mrkSouth)
+			r, err := s.run(Options{From: from, Trusted: []string{mrkEast, newKey}})
+			require.NoError(t, err)
+			require.True(t, r.Done)
+			require.Equal(t, map[string]int{mrkEast: 3}, s.vault.asked)
+			require.Equal(t, []PlanRoute{{From: mrkEast, Route: r.Plan.Routes[0].Route, Files: 2}}, r.Plan.Routes)
+			s.moved("b")
+			s.closed()
+		})
+	}
+}
+
+// The same in kmsfs.toml: it is neither called nor written back.
+func TestRelabelledVolumeKey(t *testing.T) {
+	s := newStage(t, mrkEast)
+	s.file("a", mrkEast)
+	require.NoError(t, s.open().Update(func(now *volume.Settings) error {
+		h, err := crypt.ParseHeader(now.Header)
+		require.NoError(t, err)
+		h.Copies[0].Key = mrkSouth
+		now.Keys = []string{mrkSouth}
+		now.Header, err = h.Marshal()
+		return err
+	}))
+	var pinned [][]string
+	r, err := s.run(Options{Trusted: []string{mrkEast}, Pin: func(keys []string) error { pinned = append(pinned, keys); return nil }})
+	require.NoError(t, err)
+	require.True(t, r.Done)
+	require.Equal(t, [][]string{{newKey, mrkEast}, {newKey}}, pinned)
+	require.Equal(t, map[string]int{mrkEast: 2}, s.vault.asked)
+	s.closed()
+}
+
+// From one replica to another is a change of label, from exactly that label.
+func TestReplicaToReplica(t *testing.T) {
+	s := newStage(t, mrkEast)
+	s.file("a", mrkEast)
+	s.file("b", mrkWest)
+	r, err := s.run(Options{To: mrkWest, Trusted: []string{mrkEast, mrkWest}})
+	require.NoError(t, err)
+	require.True(t, r.Done)
+	require.Equal(t, 1, r.Rewrapped)
+	require.Equal(t, mrkWest, s.read("a").Copies[0].Key)
+	require.Equal(t, []string{mrkWest}, s.open().Settings().Keys)
+	require.Len(t, s.open().Header().Copies, 1)
+}
+
+// A key that is planted in kmsfs.toml after the start is not signed off by the
+// rewriting of step 5.
+func TestKeyPlantedMidway(t *testing.T) {
+	s := newStage(t, oldKey)
+	s.file("a", oldKey)
+	_, err := s.run(Options{Event: func(e Event) {
+		if e.Step != "close" {
+			return
+		}
+		require.NoError(t, s.open().Update(func(now *volume.Settings) error {
+			h, err := crypt.ParseHeader(now.Header)
+			require.NoError(t, err)
+			h.Copies = append(h.Copies, crypt.Copy{Key: otherKey, Blob: []byte("planted")})
+			now.Keys = append(now.Keys, otherKey)
+			now.Header, err = h.Marshal()
+			return err
+		}))
+	}})
+	require.ErrorIs(t, err, ErrUntrusted)
+	require.Contains(t, s.open().Settings().Keys, oldKey, "nothing was rewritten")
 }

@@ -49,7 +49,7 @@ func (j *job) each(ctx context.Context, f func(context.Context, *volume.Item) (O
 		links := linksSeen{}
 		return j.tree.Walk(ctx, func(it *volume.Item) error {
 			if it.Err != nil {
-				done(it, Failed, it.Err)
+				done(it, outcomeOf(it.Err), it.Err)
 				return nil
 			}
 			if links.again(it) {
@@ -70,6 +70,15 @@ func (j *job) each(ctx context.Context, f func(context.Context, *volume.Item) (O
 		it.Release()
 	}
 	return err
+}
+
+// outcomeOf judges a place where the walk could not go on. What was renamed may be
+// met by the next pass; what can't be read may not.
+func outcomeOf(err error) Outcome {
+	if errors.Is(err, volume.ErrGone) || errors.Is(err, volume.ErrMoved) {
+		return Gone
+	}
+	return Failed
 }
 
 // linksSeen are the files with several links met in this pass.
@@ -105,8 +114,14 @@ func (j *job) sweep(ctx context.Context, pass int) (*tally, error) {
 	return t, err
 }
 
-// sweepAll is step 3: passes until one finds nothing under the old key, or
-// nothing more can be done. clean says which.
+// maxPasses ends a sweep of a tree that never rests.
+const maxPasses = 100
+
+// sweepAll is step 3: passes until one, started after the last change, finds
+// nothing under the old key and misses nothing, or nothing more can be done. clean
+// says which. A file that was renamed under a pass may have gone to a place which
+// that pass had behind it, still under the old key: only a pass on which nothing
+// vanished counts.
 func (j *job) sweepAll(ctx context.Context, r *Report) (clean bool, err error) {
 	for {
 		before, err := j.moves(ctx)
@@ -117,7 +132,7 @@ func (j *job) sweepAll(ctx context.Context, r *Report) (clean bool, err error) {
 		j.emit(Event{Kind: "pass", Pass: r.Passes})
 		t, err := j.sweep(ctx, r.Passes)
 		r.Rewrapped += t.count[Rewrapped]
-		r.Already, r.Bad, r.Failed, r.Problems = t.count[Already], t.count[Bad], t.count[Failed], t.problems
+		r.Already, r.Bad, r.Failed, r.Gone, r.Problems = t.count[Already], t.count[Bad], t.count[Failed], t.count[Gone], t.problems
 		if err != nil {
 			return false, err
 		}
@@ -125,11 +140,14 @@ func (j *job) sweepAll(ctx context.Context, r *Report) (clean bool, err error) {
 		if err != nil {
 			return false, err
 		}
+		restless := r.Gone > 0 || before != after
 		switch {
-		case t.count[Rewrapped] > 0 || before != after:
-			continue // what was made or moved behind this pass is for the next
-		default:
-			return t.count[Failed] == 0, nil
+		case t.count[Rewrapped] == 0 && !(restless && r.Failed == 0):
+			return r.Failed == 0, nil
+		case r.Passes == maxPasses:
+			r.Failed++
+			r.Problems = append(r.Problems, Problem{Path: ".", Outcome: Failed, Err: fmt.Errorf("after %d passes: %w", maxPasses, ErrRestless)})
+			return false, nil
 		}
 	}
 }
@@ -171,7 +189,7 @@ func (j *job) survey(it *volume.Item, mu *sync.Mutex, headers, from map[string]i
 		return out, err
 	}
 	defer unix.Close(fd)
-	_, h, source, out, err := j.look(fd)
+	_, h, src, out, err := j.look(fd)
 	mu.Lock()
 	defer mu.Unlock()
 	if h != nil {
@@ -179,8 +197,8 @@ func (j *job) survey(it *volume.Item, mu *sync.Mutex, headers, from map[string]i
 			headers[c.Key]++
 		}
 	}
-	if source != "" {
-		from[source]++
+	if src.label != "" {
+		from[src.key]++
 	}
 	return out, err
 }

@@ -18,6 +18,10 @@ var (
 	ErrOtherDevice = errors.New("another file system is mounted here; it is not walked")
 	// ErrMoved: the directory was moved or replaced while it was walked.
 	ErrMoved = errors.New("the directory was moved or replaced during the walk")
+	// ErrGone: the entry was listed, and was removed, renamed or replaced by
+	// something of another kind before it could be looked at. If it was renamed,
+	// the walk may miss the file.
+	ErrGone = errors.New("the entry was removed or renamed during the walk")
 )
 
 // An Item is a regular file that Walk met, or a place where it could not go on.
@@ -90,8 +94,9 @@ func (w *walkDir) release() {
 // Walk calls visit for every regular file below the root, once per directory
 // entry (a file with several links is met several times; Stat tells), and for
 // every place where something is wrong (Err), after which it goes on. It stops
-// with the error of visit or ctx. Entries made, removed or moved meanwhile are met
-// or not.
+// with the error of visit or ctx. Entries made or moved meanwhile are met or not;
+// one that vanished between its listing and its visit is ErrGone, so that whoever
+// must not miss a renamed file knows to walk again.
 //
 // It needs no key; it follows no symlink, skips our own files, and leaves out
 // other file systems mounted below. Its memory grows with the depth of the tree
@@ -168,7 +173,7 @@ func (w *walker) step() error {
 	}
 	switch raw.dtype {
 	case unix.DT_REG, unix.DT_DIR, unix.DT_UNKNOWN:
-		return w.entry(f, raw.name)
+		return w.entry(f, raw)
 	}
 	return nil
 }
@@ -179,17 +184,19 @@ func (w *walker) isOwn(stored string) bool {
 	return strings.HasPrefix(stored, ownPrefix) && !(w.v.encrypted() && isLong(stored))
 }
 
-func (w *walker) entry(f *frame, stored string) error {
-	it := Item{Name: stored, dir: f.dir}
-	err := unix.Fstatat(f.dir.fd, stored, &it.Stat, unix.AT_SYMLINK_NOFOLLOW)
-	if err == unix.ENOENT {
-		return nil // gone since it was listed
-	}
+func (w *walker) entry(f *frame, raw rawEntry) error {
+	it := Item{Name: raw.name, dir: f.dir}
+	err := unix.Fstatat(f.dir.fd, raw.name, &it.Stat, unix.AT_SYMLINK_NOFOLLOW)
 	kind := it.Stat.Mode & unix.S_IFMT
-	if err == nil && kind != unix.S_IFREG && kind != unix.S_IFDIR {
+	if err == nil && kind != unix.S_IFREG && kind != unix.S_IFDIR && raw.dtype == unix.DT_UNKNOWN {
 		return nil
 	}
-	it.Path = path.Join(f.path, f.plain(stored))
+	it.Path = path.Join(f.path, f.plain(raw.name))
+	if err == nil && raw.dtype != unix.DT_UNKNOWN && kind != uint32(raw.dtype)<<12 {
+		// What was listed may live on under another name; what stands here now is
+		// for the next walk.
+		err = ErrGone
+	}
 	switch {
 	case err != nil:
 		return w.report(it.Path, err)
@@ -198,7 +205,7 @@ func (w *walker) entry(f *frame, stored string) error {
 	case kind == unix.S_IFREG:
 		return w.visit(&it)
 	}
-	return w.enter(f, stored, it.Path)
+	return w.enter(f, raw.name, it.Path)
 }
 
 // plain is a name for messages.
@@ -213,8 +220,8 @@ func (f *frame) plain(stored string) string {
 // enter goes down into a directory.
 func (w *walker) enter(f *frame, stored, full string) error {
 	fd, err := (&Dir{fd: f.dir.fd}).openat(stored, unix.O_PATH|unix.O_DIRECTORY, 0)
-	if err == unix.ENOENT {
-		return nil
+	if err == unix.ENOTDIR {
+		err = ErrGone
 	}
 	if err != nil {
 		return w.report(full, err)
@@ -350,6 +357,9 @@ func (w *walker) reopen() error {
 }
 
 func (w *walker) report(path string, err error) error {
+	if err == unix.ENOENT { // also what listing a removed directory says
+		err = ErrGone
+	}
 	return w.visit(&Item{Path: path, Err: err})
 }
 

@@ -242,7 +242,7 @@ func TestWalkWhileTheTreeMoves(t *testing.T) {
 	moved := false
 	inTime(t, func() {
 		require.NoError(t, v.Walk(context.Background(), func(it *Item) error {
-			require.True(t, it.Err == nil || errors.Is(it.Err, ErrMoved), "%v", it.Err)
+			require.True(t, it.Err == nil || errors.Is(it.Err, ErrMoved) || errors.Is(it.Err, ErrGone), "%v", it.Err)
 			if !moved && strings.Count(it.Path, "/") > walkOpen+10 {
 				moved = true
 				half := openDir(t, openDir(t, r, "down"), "down")
@@ -263,4 +263,59 @@ func TestWalkSkipsNothingPlantedAsOurs(t *testing.T) {
 	require.Equal(t, []string{"sub/" + DamagedPrefix + "kmsfs.toml"}, files)
 	_, err := v.names.DecryptName(sub.id, "kmsfs.toml")
 	require.ErrorIs(t, err, crypt.ErrDamaged)
+}
+
+// Whoever must not miss a file has to know that an entry vanished before it could
+// be looked at: it may have been renamed to a place that was already walked.
+func TestWalkReportsWhatVanished(t *testing.T) {
+	for name, change := range map[string]func(p string) error{
+		"removed file":    os.Remove,
+		"renamed file":    func(p string) error { return os.Rename(p, filepath.Join(filepath.Dir(p), "..", "elsewhere")) },
+		"other kind":      func(p string) error { return errors.Join(os.Remove(p), unix.Mkfifo(p, 0o600)) },
+		"now a directory": func(p string) error { return errors.Join(os.Remove(p), os.Mkdir(p, 0o700)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			v, _ := newVolume(t, NamesPlain)
+			sub := mkdir(t, root(t, v), "sub")
+			touch(t, sub, "a", "x")
+			touch(t, sub, "b", "x")
+			met := ""
+			gone := map[string]error{}
+			require.NoError(t, v.Walk(context.Background(), func(it *Item) error {
+				switch {
+				case it.Err != nil:
+					gone[it.Path] = it.Err
+				case met == "": // both are listed by now
+					met = it.Name
+					return change(storedPath(t, sub, map[string]string{"a": "b", "b": "a"}[met]))
+				}
+				return nil
+			}))
+			other := map[string]string{"a": "sub/b", "b": "sub/a"}[met]
+			require.Len(t, gone, 1)
+			require.ErrorIs(t, gone[other], ErrGone)
+		})
+	}
+}
+
+func TestWalkReportsARemovedDirectory(t *testing.T) {
+	v, _ := newVolume(t, NamesPlain)
+	r := root(t, v)
+	for _, name := range []string{"a", "b"} {
+		touch(t, mkdir(t, r, name), "f", "x")
+	}
+	var gone []error
+	met := false
+	require.NoError(t, v.Walk(context.Background(), func(it *Item) error {
+		if it.Err != nil {
+			gone = append(gone, it.Err)
+		} else if !met {
+			met = true
+			other := map[string]string{"a/f": "b", "b/f": "a"}[it.Path]
+			return os.RemoveAll(filepath.Join(v.Path(), other))
+		}
+		return nil
+	}))
+	require.Len(t, gone, 1)
+	require.ErrorIs(t, gone[0], ErrGone)
 }
