@@ -194,6 +194,9 @@ func steps(t testing.TB, normal int) int {
 		require.NoError(t, err)
 		return n
 	}
+	if testing.Short() {
+		return normal / 10
+	}
 	return normal
 }
 
