@@ -155,8 +155,8 @@ func TestMountRefuses(t *testing.T) {
 			return nil
 		}},
 		{"unknown format", statusDamaged, []string{"format"}, edit("format = 1", "format = 2")},
-		{"block size edited", statusUsage, []string{"settings"}, edit("block_size = 4096", "block_size = 8192")},
-		{"names edited", statusUsage, []string{"settings"}, edit("names = 'encrypted'", "names = 'plain'")},
+		{"block size edited", statusDamaged, []string{"kmsfs.toml"}, edit("block_size = 4096", "block_size = 8192")},
+		{"names edited", statusUsage, []string{"kmsfs.toml", "names"}, edit("names = 'encrypted'", "names = 'plain'")},
 		{"key list changed behind the pin", statusUsage, []string{"local:two"}, edit("'local:one'", "'local:two'")},
 		{"key added behind the pin", statusUsage, []string{"local:two"}, edit("'local:one'", "'local:two',\n  'local:one'")},
 		{"AWS key added behind the pin", statusUsage, []string{"arn:aws:kms:eu-west-1:999999999999:key/mrk-00000000000000000000000000000001"},
@@ -166,7 +166,7 @@ func TestMountRefuses(t *testing.T) {
 			require.NoError(t, os.RemoveAll(v.Env.Var("KMSFS_KEYRING")))
 			return nil
 		}},
-		{"unpinned", statusUsage, []string{"local:one", "--accept-new"}, func(t *testing.T, v *harness.Volume) []string {
+		{"unpinned", statusUsage, []string{"local:one", "--key local:one"}, func(t *testing.T, v *harness.Volume) []string {
 			v.Env.Set("XDG_STATE_HOME", v.Env.Mkdir("other state"))
 			return nil
 		}},
@@ -186,7 +186,7 @@ func TestMountRefuses(t *testing.T) {
 			return nil
 		}},
 		{"unknown mount option", statusUsage, []string{"frobnicate"}, func(*testing.T, *harness.Volume) []string { return []string{"-o", "frobnicate"} }},
-		{"unknown key in the configuration", statusUsage, []string{"config.toml", "line 2", "frobnicate"}, func(t *testing.T, v *harness.Volume) []string {
+		{"unknown key in the configuration", statusUsage, []string{"config.toml:2", "frobnicate"}, func(t *testing.T, v *harness.Volume) []string {
 			dir := filepath.Join(v.Env.Var("XDG_CONFIG_HOME"), "kmsfs")
 			require.NoError(t, os.MkdirAll(dir, 0o700))
 			require.NoError(t, os.WriteFile(filepath.Join(dir, "config.toml"), []byte("# mine\nfrobnicate = true\n"), 0o600))
@@ -285,6 +285,7 @@ func TestBadHeaders(t *testing.T) {
 		inspect int
 	}{
 		{"unknown version", func(_ *testing.T, _ *harness.Volume, raw []byte) []byte { raw[4]++; return sealCRC(raw) }, statusDamaged},
+		{"downgraded", func(_ *testing.T, _ *harness.Volume, raw []byte) []byte { raw[4] = 0; return sealCRC(raw) }, statusDamaged},
 		{"unknown suite", func(_ *testing.T, _ *harness.Volume, raw []byte) []byte { raw[5]++; return sealCRC(raw) }, statusDamaged},
 		{"unknown flag", func(_ *testing.T, _ *harness.Volume, raw []byte) []byte { raw[7] |= 0x80; return sealCRC(raw) }, statusDamaged},
 		{"other block size", func(_ *testing.T, _ *harness.Volume, raw []byte) []byte { raw[8]++; return sealCRC(raw) }, 0},
@@ -298,17 +299,14 @@ func TestBadHeaders(t *testing.T) {
 		{"too long", func(_ *testing.T, _ *harness.Volume, raw []byte) []byte { return append(raw, 0) }, statusDamaged},
 		{"bit flipped", func(_ *testing.T, _ *harness.Volume, raw []byte) []byte { raw[60] ^= 1; return raw }, statusDamaged},
 		{"commitment changed", func(_ *testing.T, _ *harness.Volume, raw []byte) []byte { raw[60] ^= 1; return sealCRC(raw) }, 0},
-		{"none", func(*testing.T, *harness.Volume, []byte) []byte { return nil }, statusDamaged},
-		{"of another file", func(t *testing.T, v *harness.Volume, _ []byte) []byte { return header(t, v.Dir+"/other") }, 0},
-		{"of a foreign volume", func(t *testing.T, v *harness.Volume, _ []byte) []byte {
+		{"stripped", func(*testing.T, *harness.Volume, []byte) []byte { return nil }, statusDamaged},
+		{"of another volume", func(t *testing.T, v *harness.Volume, _ []byte) []byte {
 			foreign := v.Env.Init("foreign", "--key", "local:one", "--names", "plain")
 			foreign.Mount()
 			require.NoError(t, os.WriteFile(foreign.Path("file"), harness.Noise(9000), 0o600))
 			return header(t, foreign.Dir+"/file")
 		}, 0},
 	}
-	e := harness.New(t)
-	localKey(e, "one")
 	for _, r := range rows {
 		t.Run(r.name, func(t *testing.T) {
 			e := harness.New(t)
@@ -335,6 +333,50 @@ func TestBadHeaders(t *testing.T) {
 			deletable(t, v, "file")
 		})
 	}
+}
+
+// TestMovedHeaders: a header is right in itself, and belongs to another file of
+// the volume. No block opens under it.
+func TestMovedHeaders(t *testing.T) {
+	all := damage{size, []int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10}}
+	move := func(t *testing.T, swap bool) *harness.Volume {
+		v := attacked(t, harness.New(t))
+		v.Damaged()
+		file, other := filepath.Join(v.Dir, "file"), filepath.Join(v.Dir, "other")
+		mine := header(t, file)
+		setHeader(t, file, header(t, other))
+		if swap {
+			setHeader(t, other, mine)
+		}
+		v.Mount()
+		return v
+	}
+	t.Run("planted", func(t *testing.T) {
+		v := move(t, false)
+		requireDamage(t, v.Path("file"), all)
+		require.Equal(t, harness.Noise(size + 1)[1:], harness.ReadAt(t, v.Path("other"), 0, size))
+		deletable(t, v, "file")
+	})
+	t.Run("swapped", func(t *testing.T) {
+		v := move(t, true)
+		for _, name := range []string{"file", "other"} {
+			requireDamage(t, v.Path(name), all)
+			deletable(t, v, name)
+		}
+	})
+	t.Run("planted on an empty file", func(t *testing.T) {
+		v := attacked(t, harness.New(t))
+		v.Damaged()
+		file, planted := filepath.Join(v.Dir, "file"), header(t, filepath.Join(v.Dir, "other"))
+		require.NoError(t, os.Truncate(file, 0))
+		setHeader(t, file, planted)
+		v.Mount()
+		harness.WriteAt(t, v.Path("file"), 0, []byte("anew"))
+		v.Umount()
+		require.NotEqual(t, planted[:76], header(t, file)[:76], "bytes were added under a header that was found on disk")
+		v.Mount()
+		require.Equal(t, "anew", string(harness.ReadAt(t, v.Path("file"), 0, 9)))
+	})
 }
 
 // deletable does with a damaged file what needs no key: a file is never stuck.

@@ -34,7 +34,7 @@ func TestKMSCalls(t *testing.T) {
 			{"ls -lR", `ls -lR "$1"`},
 			{"stat", `find "$1" -exec stat {} + ; find "$1" -size +4k -newermt 2001-01-01`},
 			{"du", `du -a "$1"`},
-			{"chmod, chown, touch", `cd "$1/dir0"; chmod 600 *; chown 1:1 *; touch -d 2020-02-02 *`},
+			{"chmod, chown, touch", `cd "$1/dir0"; chmod 600 *; chown 1:1 *; touch -c -d 2020-02-02 *`},
 			{"rename", `cd "$1"; mv dir0 renamed; for f in dir1/*; do mv "$f" "$f.new"; done; mv dir2/file2 dir1/file21.new`},
 			{"hard link, symlink", `cd "$1"; ln renamed/file10 link; ln -s renamed/file10 symlink; readlink symlink`},
 			{"mkdir, rmdir", `cd "$1"; mkdir -p a/b/c; rmdir -p a/b/c`},

@@ -194,7 +194,7 @@ func TestCreateWithoutKMS(t *testing.T) {
 func TestInterruptedOpen(t *testing.T) {
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGKILL} {
 		t.Run(sig.String(), func(t *testing.T) {
-			f := newFaulty(t)
+			f := newFaulty(t, "-o", "kms_deadline="+deadline.String())
 			lift := f.kms.Inject(kmstest.Fault{Hang: true})
 			cat := exec.Command("cat", f.Path("a"))
 			require.NoError(t, cat.Start())

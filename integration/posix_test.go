@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -88,4 +89,21 @@ func TestLocks(t *testing.T) {
 	require.Equal(t, "fcntl ofd flock EAGAIN", others())
 	require.NoError(t, f.Close())
 	require.Equal(t, "fcntl ofd flock", others())
+}
+
+// TestTimesSurviveRemount: the times that a program saw are the times that the
+// next mount shows, to the nanosecond, though the kernel keeps them while it
+// holds back the writes.
+func TestTimesSurviveRemount(t *testing.T) {
+	v := local(t)
+	for i := range 100 {
+		require.NoError(t, os.WriteFile(v.Path(fmt.Sprint(i)), harness.Noise(100+i*100), 0o600))
+	}
+	for i := range 30 {
+		harness.WriteAt(t, v.Path(fmt.Sprint(i)), 50, []byte("changed"))
+		require.NoError(t, os.Truncate(v.Path(fmt.Sprint(i+30)), 10))
+	}
+	before := harness.Snapshot(t, v.Mnt)
+	v.Remount()
+	require.Empty(t, harness.Diff(before, harness.Snapshot(t, v.Mnt), 0))
 }

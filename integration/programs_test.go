@@ -107,8 +107,8 @@ func TestSQLite(t *testing.T) {
 
 func TestRsync(t *testing.T) {
 	v := local(t)
-	v.Umount()
-	v.Mount("--allow-other")
+	v.Options("--allow-other")
+	v.Remount()
 	e := v.Env
 	tree := sources(t, e)
 	withACLs(e, tree)
@@ -118,8 +118,7 @@ func TestRsync(t *testing.T) {
 	require.NotEmpty(t, sync(tree, v.Path("in")))
 	require.Empty(t, sync(tree, v.Path("in")), "the second time must find nothing to do")
 	harness.Same(t, tree, v.Path("in"))
-	v.Umount()
-	v.Mount("--allow-other")
+	v.Remount()
 	require.Empty(t, e.Do("rsync", "-aHAX", "--checksum", "--modify-window=-1", "--delete", "--itemize-changes", tree+"/", v.Path("in")+"/"))
 	out := e.Mkdir("out")
 	require.NotEmpty(t, sync(v.Path("in"), out))

@@ -43,7 +43,7 @@ chmod 700 "$work/run"
 
 say "Building kmsfs"
 CGO_ENABLED=0 go build -trimpath -o "$work/bin/kmsfs" ./cmd/kmsfs
-show kmsfs version
+kmsfs version | sed -n 1,3p
 
 tree=${DEMO_TREE:-$(go env GOROOT)/src}
 [ -d "$tree" ] || die "there is no tree $tree"
@@ -78,8 +78,8 @@ show kmsfs mount backing mnt
 same mnt/src
 
 say "4. What lies on disk: names, contents, and one header"
-find backing -mindepth 1 -maxdepth 2 -printf '%y %s %P\n' | sort | head -n 8 || true
 stored=$(find backing -mindepth 3 -type f -size +2k -print -quit)
+show ls -l "$(dirname "$stored")" | sed -n 1,8p
 echo
 show hexdump -C -n 96 "$stored" 2>/dev/null || od -A x -t x1z -N 96 "$stored"
 echo

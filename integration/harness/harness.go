@@ -116,7 +116,8 @@ func New(t testing.TB) *Env {
 	e.Set("LC_ALL", "C.UTF-8")
 	e.Set("GIT_CONFIG_NOSYSTEM", "1")
 	e.Set("TMPDIR", e.Mkdir("tmp"))
-	for _, name := range []string{"GODEBUG", "GOCOVERDIR", "GORACE"} {
+	e.Set("GORACE", "halt_on_error=1 log_path="+filepath.Join(root, "race"))
+	for _, name := range []string{"GODEBUG", "GOCOVERDIR"} {
 		if value, ok := os.LookupEnv(name); ok {
 			e.Set(name, value)
 		}
@@ -307,6 +308,14 @@ func (e *Env) leave() {
 		e.T.Errorf("a daemon is left: process %d: %s", pid, cmdline(pid))
 		_ = syscall.Kill(pid, syscall.SIGKILL)
 		waitGone(pid, 5*time.Second)
+	}
+	races, _ := filepath.Glob(filepath.Join(e.Root, "race.*"))
+	for _, race := range races {
+		report, _ := os.ReadFile(race)
+		e.T.Errorf("the race detector found:\n%s", report)
+	}
+	if log, _ := os.ReadFile(filepath.Join(e.Root, "state", "kmsfs", "kmsfs.log")); e.T.Failed() && len(log) > 0 {
+		e.T.Logf("the end of the daemon's log:\n%s", log[max(0, len(log)-4000):])
 	}
 	if e.T.Failed() && os.Getenv("KMSFS_TEST_KEEP") != "" {
 		e.T.Logf("kept %s", e.Root)
