@@ -88,11 +88,7 @@ func (n *node) openDir() (opened *volume.Dir, err error) {
 			if err != nil {
 				return err
 			}
-			var st unix.Statx_t
-			if err = n.fs.statFd(opened.Fd(), &st); err == nil {
-				err = n.check(&st)
-			}
-			if err != nil {
+			if err = n.checkFd(opened.Fd()); err != nil {
 				opened.Close()
 			}
 			return err

@@ -8,7 +8,9 @@
 // The network is needed in one place only: Keys. It is asked when a file with
 // contents is first opened (Open) and when an empty file is opened for writing,
 // created or emptied while a writer has it open (Fresh): before anything is cut
-// or created, so that a refusal is that call's errno. Everything else is local.
+// or created, so that a refusal is that call's errno. Everything else is local. A
+// key that a rekey overtakes on its way to a file is not used (reprime.go), and a
+// file that a rekey could not meet, having no name, gets none (KeyChecker).
 //
 // # Objects
 //
@@ -22,11 +24,14 @@
 //     (read-write from the first writable open on), the crypt.File with keys and
 //     authoritative size, the number of writers. Gone with its last handle.
 //   - handle: one open(2).
+//   - orphan: the descriptor of a node whose last name went. It is known to other
+//     requests only after the removal, and open until the last of them is done.
 //
 // # Locks, in this order; none is held while Keys is asked
 //
-//  1. file.mu: descriptor, who writes, installing a view. Local I/O may happen
-//     under it.
+//  1. file.mu: descriptor, who writes, installing a view, giving it a fresh key.
+//     Local I/O may happen under it. A panic ends one request (EIO), so it is
+//     released by defer.
 //  2. file.timesMu: the times, while gaps are settled and the times kept.
 //  3. the locks inside crypt.File.
 //  4. file.modeMu: mode bits, while a header is set on a file that forbids

@@ -32,7 +32,12 @@ type file struct {
 	gaps    time.Time // guarded by mu; since when gaps have been seen pending
 
 	timesMu sync.Mutex // times, while they are kept over a settle
-	modeMu  sync.Mutex // mode bits, while a header is being set (volume.Stored)
+	// told is the mtime that the kernel has of a file it keeps the times of, as
+	// far as we know; guarded by timesMu, nil if we don't.
+	told *unix.Timespec
+	// cached: pages that the kernel held back were written since then.
+	cached atomic.Bool
+	modeMu sync.Mutex // mode bits, while a header is being set (volume.Stored)
 }
 
 func newFile(fs *fileSystem, id fileID) *file {
@@ -105,23 +110,19 @@ func (f *file) openBacking(n *node, flags int) (fd int, err error) {
 	if have := f.descriptor(); have >= 0 {
 		return reopen(have, flags)
 	}
-	err = n.viaName(func(orphan int) error {
-		fd, err = reopen(orphan, flags)
-		return err
-	}, func(d *volume.Dir, name string) error {
-		fd, err = d.Open(name, flags)
+	checked := func(opened int, err error) error {
 		if err != nil {
 			return err
 		}
-		var st unix.Statx_t
-		if err = f.fs.statFd(fd, &st); err == nil {
-			err = n.check(&st)
+		if err = n.checkFd(opened); err != nil {
+			unix.Close(opened)
+			return err
 		}
-		if err != nil {
-			unix.Close(fd)
-		}
-		return err
-	})
+		fd = opened
+		return nil
+	}
+	err = n.viaName(func(kept int) error { return checked(reopen(kept, flags)) },
+		func(d *volume.Dir, name string) error { return checked(d.Open(name, flags)) })
 	return fd, err
 }
 
@@ -184,7 +185,26 @@ func (f *file) dropWriter() (unused *crypt.Fresh) {
 			f.fs.log.trouble("writing the gaps of a file", f.id.ino, err)
 		}
 	}
+	f.keepTold()
 	return v.Unprime()
+}
+
+// keepTold puts the mtime back to what the kernel has. With the writeback cache
+// the time of a write is the kernel's to set, and it sends it along, unless its
+// clock has not ticked since it learned the last one; then the pages alone arrive,
+// later, and move the backing file's.
+func (f *file) keepTold() {
+	f.timesMu.Lock()
+	defer f.timesMu.Unlock()
+	if f.cached.Swap(false) && f.told != nil {
+		_ = volume.Utimens(f.descriptor(), &[2]unix.Timespec{{Nsec: unix.UTIME_OMIT}, *f.told}) // costs only the time
+	}
+}
+
+// tell notes an mtime that the kernel has now. timesMu is held.
+func (f *file) tell(mtime unix.Timespec) {
+	f.told = &mtime
+	f.cached.Store(false)
 }
 
 func (f *file) settleNow(v *crypt.File) error {

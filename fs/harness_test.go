@@ -31,6 +31,8 @@ type fakeKeys struct {
 	fail                   error                     // guarded by mu; what every call answers
 	block                  chan struct{}             // guarded by mu; calls wait until it is closed
 	onOpen                 func(*crypt.Header) error // guarded by mu
+	onFresh                func()                    // guarded by mu; before a fresh key is handed out
+	check                  func(*crypt.Header) error // guarded by mu; what Check answers
 }
 
 func (k *fakeKeys) enter(ctx context.Context, count *int) error {
@@ -76,7 +78,30 @@ func (k *fakeKeys) Fresh(ctx context.Context) (*crypt.Fresh, error) {
 	if err := k.enter(ctx, &k.fresh); err != nil {
 		return nil, err
 	}
+	k.mu.Lock()
+	hook := k.onFresh
+	k.mu.Unlock()
+	if hook != nil {
+		hook()
+	}
 	return makeKey(k.volume, crypt.UseFile, k.log2)
+}
+
+func (k *fakeKeys) Check(h *crypt.Header) error {
+	k.mu.Lock()
+	check := k.check
+	k.mu.Unlock()
+	if check == nil {
+		return nil
+	}
+	return check(h)
+}
+
+// hooks changes the hooks under the lock.
+func (k *fakeKeys) hooks(change func()) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	change()
 }
 
 func (k *fakeKeys) Return(f *crypt.Fresh) {

@@ -1,6 +1,8 @@
 package fs
 
 import (
+	"math"
+
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 
@@ -13,7 +15,8 @@ import (
 // WRITE, OPEN and SETXATTR (SETATTR reaches the node whole). Each becomes a
 // SETATTR that clears them. A CREATE never meets old contents here.
 //
-// It also carries the caller's umask to the nodes.
+// It also carries the caller's umask to the nodes, and which WRITEs come from the
+// kernel's cache.
 type rawFS struct {
 	fuse.RawFileSystem
 	umask bool // the kernel leaves umasks to us (FUSE_DONT_MASK)
@@ -37,8 +40,15 @@ func (r *rawFS) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte) (ui
 			return 0, code
 		}
 	}
+	if in.WriteFlags&fuse.WRITE_CACHE != 0 {
+		in.Pid = fromCache
+	}
 	return r.RawFileSystem.Write(cancel, in, data)
 }
+
+// fromCache stands in a WRITE for the process, which is none, when the kernel
+// writes out pages that it held back: the node API shows no flags.
+const fromCache = math.MaxUint32
 
 // Writev is what the server calls for every WRITE.
 func (r *rawFS) Writev(cancel <-chan struct{}, in *fuse.WriteIn, data [][]byte) (uint32, fuse.Status) {

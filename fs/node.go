@@ -59,9 +59,10 @@ type node struct {
 	fs *fileSystem
 	id fileID
 
-	// orphan is an O_PATH descriptor of an inode whose last name went while the
-	// kernel still knows it, plus one; 0 if there is none (orphanage).
-	orphan atomic.Int64
+	// orphan is a descriptor of an inode whose last name went while the kernel
+	// still knows it, or nil. It is used by way of the orphanage, which keeps it
+	// open meanwhile.
+	orphan atomic.Pointer[orphan]
 	// seen is the state of the backing file that the kernel's cached pages
 	// belong to, since the last close.
 	seen atomic.Pointer[stamp]
@@ -190,21 +191,32 @@ func (n *node) check(st *unix.Statx_t) error {
 	return nil
 }
 
+// checkFd says whether fd refers to this node's inode.
+func (n *node) checkFd(fd int) error {
+	var st unix.Statx_t
+	if err := n.fs.statFd(fd, &st); err != nil {
+		return err
+	}
+	return n.check(&st)
+}
+
 // viaName reaches the node through its directory: by calls op with directory and
 // name, and op must check that it found this node. If the inode has lost its last
-// name, orphaned is called with the descriptor kept for it instead.
+// name, orphaned is called with the descriptor kept for it instead, which is the
+// caller's only until it returns.
 //
 // The kernel does not stop requests on an inode while it renames it, and go-fuse's
-// tree follows the backing store a moment later. So a miss is tried again, for a
-// moment; what is then still missing was changed in the backing directory, and
-// ESTALE makes the kernel look it up again.
+// tree follows the backing store a moment later; a removed inode is an orphan a
+// moment after its name went. So a miss is tried again, for a moment; what is then
+// still missing was changed in the backing directory, and ESTALE makes the kernel
+// look it up again.
 func (n *node) viaName(orphaned func(fd int) error, op func(d *volume.Dir, name string) error) error {
 	for delay := 20 * time.Microsecond; ; delay *= 2 {
-		if fd := n.orphan.Load() - 1; fd >= 0 {
-			return orphaned(int(fd))
+		if err, is := n.throughOrphan(orphaned); is {
+			return err
 		}
 		err, final := n.onceViaName(op)
-		if err == errNameless && n.orphan.Load() != 0 {
+		if err == errNameless && n.orphan.Load() != nil {
 			continue // it became one just now
 		}
 		if final || !missed(err) {
@@ -259,19 +271,16 @@ func (n *node) reach() (p place, err error) {
 			return place{d.Fd(), func() { n.fs.dirs.release(d) }}, nil
 		}
 	}
-	err = n.viaName(func(fd int) error {
-		p = place{fd, func() {}}
-		return nil
+	err = n.viaName(func(kept int) error {
+		fd, err := unix.FcntlInt(uintptr(kept), unix.F_DUPFD_CLOEXEC, 0)
+		p = place{fd, func() { unix.Close(fd) }}
+		return err
 	}, func(d *volume.Dir, name string) error {
 		fd, err := d.OpenPath(name)
 		if err != nil {
 			return err
 		}
-		var st unix.Statx_t
-		if err = n.fs.statFd(fd, &st); err == nil {
-			err = n.check(&st)
-		}
-		if err != nil {
+		if err = n.checkFd(fd); err != nil {
 			unix.Close(fd)
 			return err
 		}
@@ -301,7 +310,9 @@ func (n *node) known(name string) *node {
 
 var _ = (fusefs.NodeOnForgetter)((*node)(nil))
 
-// OnForget gives back what is kept for an inode that the kernel knows.
+// OnForget gives back what is kept for an inode that the kernel knew. The kernel
+// forgets what no request refers to, but go-fuse may give the node to a LOOKUP that
+// comes just then: requests hold what they use.
 func (n *node) OnForget() {
 	n.fs.orphans.drop(n)
 	n.fs.dirs.forget(n)

@@ -153,6 +153,9 @@ func (n *node) setMeta(fd int, in *fuse.SetAttrIn) error {
 		defer f.timesMu.Unlock()
 		f.modeMu.Lock()
 		defer f.modeMu.Unlock()
+		if in.Valid&(fuse.FATTR_MTIME|fuse.FATTR_MTIME_NOW) == fuse.FATTR_MTIME {
+			f.tell(unix.Timespec{Sec: int64(in.Mtime), Nsec: int64(in.Mtimensec)})
+		}
 	}
 	uid, gid := -1, -1
 	if id, set := in.GetUID(); set {

@@ -26,12 +26,15 @@ var _ = (fusefs.NodeWriter)((*node)(nil))
 
 // Write encrypts and stores. It never waits for KMS: the key is at hand since the
 // open.
-func (n *node) Write(_ context.Context, fh fusefs.FileHandle, data []byte, off int64) (uint32, syscall.Errno) {
+func (n *node) Write(ctx context.Context, fh fusefs.FileHandle, data []byte, off int64) (uint32, syscall.Errno) {
 	h := handleOf(fh)
 	if h == nil {
 		return 0, syscall.EBADF
 	}
 	done, err := h.view().WriteAt(data, off)
+	if c, is := ctx.(*fuse.Context); is && c.Pid == fromCache {
+		h.f.cached.Store(true)
+	}
 	if done > 0 && err != nil && !n.fs.opts.Writeback {
 		err = nil // a short write; the next one gets the error
 	}

@@ -2,6 +2,7 @@ package fs
 
 import (
 	"context"
+	"fmt"
 	"syscall"
 
 	fusefs "github.com/hanwen/go-fuse/v2/fs"
@@ -79,8 +80,7 @@ func (n *node) Link(ctx context.Context, target fusefs.InodeEmbedder, name strin
 	t := target.(*node)
 	var st unix.Statx_t
 	err := t.with(func(fd int) error {
-		err := n.inDir(func(d *volume.Dir) error { return d.Link(fd, name) })
-		if err != nil {
+		if err := n.inDir(func(d *volume.Dir) error { return t.linkTo(fd, d, name) }); err != nil {
 			return err
 		}
 		return n.fs.statFd(fd, &st)
@@ -93,6 +93,67 @@ func (n *node) Link(ctx context.Context, target fusefs.InodeEmbedder, name strin
 	out.SetAttrTimeout(n.fs.opts.AttrTimeout)
 	out.SetEntryTimeout(n.fs.opts.EntryTimeout)
 	return t.EmbeddedInode(), ok
+}
+
+// linkTo gives what fd refers to a name. What had none is looked at again when it
+// has: a rekey may have begun in between, and have passed by here already.
+func (n *node) linkTo(fd int, d *volume.Dir, name string) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	if st.Nlink > 0 {
+		return d.Link(fd, name)
+	}
+	if err := n.checkKey(fd); err != nil {
+		return err
+	}
+	if err := d.Link(fd, name); err != nil {
+		return err
+	}
+	if err := n.checkKey(fd); err != nil {
+		_ = d.Unlink(name)
+		return err
+	}
+	return nil
+}
+
+// checkKey refuses a file that was overtaken by a rekey while it had no name. One
+// that holds nothing has no key to keep it under; a fresh key it may have was
+// exchanged (Reprime).
+func (n *node) checkKey(fd int) error {
+	keys, can := n.fs.keys.(KeyChecker)
+	if !can || n.Mode() != syscall.S_IFREG || !n.holds(fd) {
+		return nil
+	}
+	raw, err := volume.ReadHeader(fd)
+	if err != nil {
+		return err
+	}
+	h, err := n.fs.vol.ParseHeader(raw)
+	if err == nil {
+		err = keys.Check(h)
+	}
+	if err != nil {
+		return fmt.Errorf("giving a name to a file that has none: %w", err)
+	}
+	return nil
+}
+
+// holds reports whether a regular file is under a data key: it stores something, or
+// will, once its gaps are settled.
+func (n *node) holds(fd int) bool {
+	var st unix.Stat_t
+	if unix.Fstat(fd, &st) != nil || st.Size > 0 {
+		return true
+	}
+	f := n.fs.files.find(n.id)
+	if f == nil {
+		return false
+	}
+	defer n.fs.files.release(f)
+	v := f.view.Load()
+	return v != nil && v.Secrets() != nil
 }
 
 var _ = (fusefs.NodeUnlinker)((*node)(nil))

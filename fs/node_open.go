@@ -2,6 +2,7 @@ package fs
 
 import (
 	"context"
+	"errors"
 	"syscall"
 	"time"
 
@@ -65,30 +66,36 @@ func (n *node) Tmpfile(ctx context.Context, flags, mode uint32, out *fuse.EntryO
 // again.
 func (n *node) create(ctx context.Context, op string, flags uint32, out *fuse.EntryOut,
 	mk func(*volume.Dir) (int, error), undo func(*volume.Dir) error) (*fusefs.Inode, fusefs.FileHandle, uint32, syscall.Errno) {
-	var fresh *crypt.Fresh
-	age := n.fs.keyAge.Load()
-	if writes(flags) {
-		wait, cancel := within(ctx, n.fs.opts.CreateWait)
-		defer cancel()
-		var err error
-		if fresh, err = n.fs.freshKey(wait); err != nil {
+	wait, cancel := within(ctx, n.fs.opts.CreateWait)
+	defer cancel()
+	for {
+		var k freshKey
+		if writes(flags) {
+			var err error
+			if k, err = n.fs.freshKey(wait); err != nil {
+				return nil, nil, 0, n.errno(op, err)
+			}
+		}
+		child, h, err := n.createWith(ctx, k, writes(flags), out, mk, undo)
+		if err == nil {
+			n.fs.stats.opens.Add(1)
+			n.fs.stats.creates.Add(1)
+			return child, h, fuse.FOPEN_KEEP_CACHE, ok
+		}
+		if k.Fresh != nil {
+			n.fs.keys.Return(k.Fresh)
+		}
+		if err != errOutdated {
 			return nil, nil, 0, n.errno(op, err)
 		}
 	}
-	child, h, err := n.createWith(ctx, fresh, writes(flags), out, mk, undo)
-	if err != nil {
-		if fresh != nil {
-			n.fs.keys.Return(fresh)
-		}
-		return nil, nil, 0, n.errno(op, err)
-	}
-	h.f.primedAt(ctx, age)
-	n.fs.stats.opens.Add(1)
-	n.fs.stats.creates.Add(1)
-	return child, h, fuse.FOPEN_KEEP_CACHE, ok
 }
 
-func (n *node) createWith(ctx context.Context, fresh *crypt.Fresh, write bool, out *fuse.EntryOut,
+// errOutdated says that a file was not made since a rekey came between it and its
+// key.
+var errOutdated = errors.New("the file's fresh key was fetched before the last rekey")
+
+func (n *node) createWith(ctx context.Context, k freshKey, write bool, out *fuse.EntryOut,
 	mk func(*volume.Dir) (int, error), undo func(*volume.Dir) error) (*fusefs.Inode, *handle, error) {
 	d, err := n.fs.dirs.acquire(n)
 	if err != nil {
@@ -106,7 +113,7 @@ func (n *node) createWith(ctx context.Context, fresh *crypt.Fresh, write bool, o
 	}
 	var f *file
 	if err == nil {
-		f, err = n.adopt(fd, &st, fresh, write)
+		f, err = n.adopt(fd, &st, k, write)
 	}
 	if err != nil {
 		unix.Close(fd)
@@ -120,7 +127,7 @@ func (n *node) createWith(ctx context.Context, fresh *crypt.Fresh, write bool, o
 }
 
 // adopt makes the file of a new backing file, and gives it its key.
-func (n *node) adopt(fd int, st *unix.Statx_t, fresh *crypt.Fresh, write bool) (*file, error) {
+func (n *node) adopt(fd int, st *unix.Statx_t, k freshKey, write bool) (*file, error) {
 	f := n.fs.files.acquire(n.fs, idOf(st))
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -134,11 +141,19 @@ func (n *node) adopt(fd int, st *unix.Statx_t, fresh *crypt.Fresh, write bool) (
 		defer n.fs.files.release(f)
 		return nil, err
 	}
+	if k.Fresh != nil {
+		// Asked only now that Reprime finds the file.
+		if n.fs.outdated(k) {
+			defer n.fs.files.release(f)
+			return nil, errOutdated
+		}
+		v.Prime(k.Fresh)
+	}
 	f.install(fd, true)
 	f.view.Store(v)
-	if fresh != nil {
-		v.Prime(fresh)
-	}
+	f.timesMu.Lock()
+	f.tell(unix.Timespec{Sec: st.Mtime.Sec, Nsec: int64(st.Mtime.Nsec)})
+	f.timesMu.Unlock()
 	if write {
 		f.writers++
 	}

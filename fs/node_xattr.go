@@ -1,6 +1,7 @@
 package fs
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"strings"
@@ -81,12 +82,32 @@ func (n *node) Removexattr(_ context.Context, attr string) syscall.Errno {
 
 var _ = (fusefs.NodeListxattrer)((*node)(nil))
 
-// Listxattr lists the attributes that a user may see.
+// Listxattr lists the attributes that a user may see: not those that Getxattr
+// says don't exist, or cp -a and rsync -X would complain.
 func (n *node) Listxattr(_ context.Context, dest []byte) (uint32, syscall.Errno) {
 	var size int
 	err := n.with(func(fd int) (err error) {
-		size, err = n.fs.vol.Listxattr(fd, dest)
+		if size, err = n.fs.vol.Listxattr(fd, dest); err == nil && len(dest) >= size {
+			size = n.fs.dropAbsent(dest[:size])
+		}
 		return err
 	})
 	return uint32(size), n.errno("listxattr", err)
+}
+
+// dropAbsent takes names out of a list of NUL-terminated ones, in place.
+func (fs *fileSystem) dropAbsent(list []byte) int {
+	kept := 0
+	for len(list[kept:]) > 0 {
+		end := bytes.IndexByte(list[kept:], 0) + 1
+		if end == 0 {
+			break
+		}
+		if !fs.absent(string(list[kept : kept+end-1])) {
+			kept += end
+			continue
+		}
+		list = append(list[:kept], list[kept+end:]...)
+	}
+	return len(list)
 }

@@ -23,6 +23,14 @@ type Keys interface {
 	Return(*crypt.Fresh)
 }
 
+// KeyChecker is what Keys may have besides. Check says whether a header is under
+// the key that new files get now, from what is known here: it asks nobody. A rekey
+// walks over names, so a file that has none keeps its header; if it would get a
+// name later, it would be left under the retired key. So Link asks.
+type KeyChecker interface {
+	Check(h *crypt.Header) error
+}
+
 // openKey and freshKey count what is asked of Keys. No lock is held.
 func (fs *fileSystem) openKey(ctx context.Context, h *crypt.Header) (*crypt.Secrets, error) {
 	defer fs.stats.waited(&fs.stats.keyOpens, time.Now())
@@ -30,9 +38,10 @@ func (fs *fileSystem) openKey(ctx context.Context, h *crypt.Header) (*crypt.Secr
 	return s, interrupted(ctx, err)
 }
 
-func (fs *fileSystem) freshKey(ctx context.Context) (*crypt.Fresh, error) {
+func (fs *fileSystem) freshKey(ctx context.Context) (k freshKey, err error) {
 	defer fs.stats.waited(&fs.stats.keyFresh, time.Now())
-	k, err := fs.keys.Fresh(ctx)
+	k.age = fs.keyAge.Load()
+	k.Fresh, err = fs.keys.Fresh(ctx)
 	return k, interrupted(ctx, err)
 }
 
@@ -55,19 +64,13 @@ type loading struct {
 // merely interrupted.
 func (f *file) load(ctx context.Context) error {
 	for {
-		f.mu.Lock()
-		if f.view.Load() != nil {
-			f.mu.Unlock()
+		l, leads := f.join()
+		if l == nil {
 			return nil
 		}
-		l := f.loading
-		if l == nil {
-			l = &loading{done: make(chan struct{})}
-			f.loading = l
-			f.mu.Unlock()
+		if leads {
 			return f.lead(ctx, l)
 		}
-		f.mu.Unlock()
 		select {
 		case <-l.done:
 			if l.err != nil && !passing(l.err) {
@@ -79,18 +82,42 @@ func (f *file) load(ctx context.Context) error {
 	}
 }
 
+// join finds the open that is asking for the key, or makes the caller the one that
+// does; there is none if the view exists already.
+func (f *file) join() (l *loading, leads bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.view.Load() != nil {
+		return nil, false
+	}
+	if f.loading != nil {
+		return f.loading, false
+	}
+	f.loading = &loading{done: make(chan struct{})}
+	return f.loading, true
+}
+
 // passing errors say nothing about the file, only about who asked.
 func passing(err error) bool {
 	return errors.Is(err, crypt.ErrInterrupted) || errors.Is(err, context.Canceled)
 }
 
+// errPanicked is what those hear who waited for an open that panicked: a panic ends
+// one request, and must leave no other waiting.
+var errPanicked = errors.New("asking for the file's key failed by a bug in kmsfs")
+
 func (f *file) lead(ctx context.Context, l *loading) error {
+	l.err = errPanicked
+	defer f.loaded(l)
 	l.err = f.unlock(ctx)
-	f.mu.Lock()
-	f.loading = nil
-	f.mu.Unlock()
-	close(l.done)
 	return l.err
+}
+
+func (f *file) loaded(l *loading) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.loading = nil
+	close(l.done)
 }
 
 // unlock reads the header, asks for its key with no lock held, and installs the
@@ -164,19 +191,32 @@ func (f *file) installView(s *crypt.Secrets) (done bool, err error) {
 	if st.Size == 0 {
 		return true, f.setView(0, s)
 	}
+	return true, f.setContents(st.Size, s)
+}
+
+// setContents makes the view of a file that stores something. If what it stores is
+// less than one byte of plaintext, and not authentic, there is no good block to
+// read and none to fail on: it would look empty. So the open fails; to cut the
+// file to nothing needs no view. mu is held.
+func (f *file) setContents(stored int64, s *crypt.Secrets) error {
 	// Opening is not reading: checking the end must not move the access time.
 	_, _ = unix.FcntlInt(uintptr(f.descriptor()), unix.F_SETFL, unix.O_NONBLOCK|unix.O_NOATIME)
 	defer unix.FcntlInt(uintptr(f.descriptor()), unix.F_SETFL, unix.O_NONBLOCK)
-	return true, f.setView(st.Size, s)
+	return f.setView(stored, s)
 }
 
 // setView makes the view. mu is held.
 func (f *file) setView(stored int64, s *crypt.Secrets) error {
 	v, err := crypt.NewFile(&f.store, f.fs.vol.BlockSize(), stored, s)
-	if err == nil {
-		f.view.Store(v)
+	if err != nil {
+		return err
 	}
-	return err
+	if err := v.EndErr(); err != nil && v.Size() == 0 {
+		v.Close()
+		return err
+	}
+	f.view.Store(v)
+	return nil
 }
 
 // A change is what an open or a truncate does to a file that is ready.
@@ -189,30 +229,33 @@ type change struct {
 // change obtains a fresh key if the file will need one, before anything is cut,
 // and then makes the change under the lock. Whoever writes into an empty file
 // needs a key that is at hand already: writes never wait for KMS.
-func (f *file) change(ctx context.Context, c change) (err error) {
-	var fresh *crypt.Fresh
-	defer func() {
-		if fresh != nil {
-			f.fs.keys.Return(fresh)
-		}
-	}()
-	age := f.fs.keyAge.Load()
+func (f *file) change(ctx context.Context, c change) error {
+	var k freshKey
 	for {
-		f.mu.Lock()
-		if f.needsKey(c) && fresh == nil {
-			f.mu.Unlock()
-			if fresh, err = f.fs.freshKey(ctx); err != nil {
-				return err
-			}
-			continue
+		unused, missing, err := f.tryChange(c, k)
+		if unused != nil {
+			f.fs.keys.Return(unused)
 		}
-		fresh, err = f.changeLocked(c, fresh)
-		f.mu.Unlock()
-		if err == nil {
-			f.primedAt(ctx, age)
+		if !missing {
+			return err
 		}
-		return err
+		if k, err = f.fs.freshKey(ctx); err != nil {
+			return err
+		}
 	}
+}
+
+// tryChange makes the change unless a key is missing, which must be asked for with
+// no lock held; one that was fetched before the last rekey is none. It returns the
+// key if it was not taken.
+func (f *file) tryChange(c change, k freshKey) (unused *crypt.Fresh, missing bool, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.needsKey(c) && (k.Fresh == nil || f.fs.outdated(k)) {
+		return k.Fresh, true, nil
+	}
+	unused, err = f.changeLocked(c, k.Fresh)
+	return unused, false, err
 }
 
 // needsKey says whether the file has to be given a fresh key for a change.

@@ -11,9 +11,20 @@ import (
 
 // orphanage holds the nodes that keep a descriptor because their last name is
 // gone: open files too, since a request may come after their last handle went.
+//
+// A descriptor's number is given to the next file that is opened as soon as it is
+// closed. So a kept one is made known only when it is sure to stay, is closed only
+// after the kernel has forgotten the node, and not before the last request that
+// uses it is done: else a request would be served from somebody else's file.
 type orphanage struct {
 	mu    sync.Mutex
 	nodes map[*node]struct{} // guarded by mu
+}
+
+// An orphan is the O_PATH descriptor kept for a node.
+type orphan struct {
+	fd   int
+	uses int // guarded by orphanage.mu; the node's own, and one for each request
 }
 
 // maxOrphans bounds the descriptors kept; without one an inode is ESTALE once its
@@ -27,17 +38,45 @@ func (o *orphanage) take(n *node, fd, max int) bool {
 	if o.nodes == nil {
 		o.nodes = make(map[*node]struct{})
 	}
-	if len(o.nodes) >= max || !n.orphan.CompareAndSwap(0, int64(fd)+1) {
+	if len(o.nodes) >= max || !n.orphan.CompareAndSwap(nil, &orphan{fd: fd, uses: 1}) {
 		return false
 	}
 	o.nodes[n] = struct{}{}
 	return true
 }
 
-// drop closes the node's descriptor, if it has one.
+// acquire returns the node's descriptor, or nil. It stays open until the caller
+// releases it.
+func (o *orphanage) acquire(n *node) *orphan {
+	if n.orphan.Load() == nil {
+		return nil // all but a few nodes
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	kept := n.orphan.Load()
+	if kept != nil {
+		kept.uses++
+	}
+	return kept
+}
+
+func (o *orphanage) release(kept *orphan) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.releaseLocked(kept)
+}
+
+func (o *orphanage) releaseLocked(kept *orphan) {
+	kept.uses--
+	if kept.uses == 0 {
+		unix.Close(kept.fd)
+	}
+}
+
+// drop gives up the node's descriptor, if it has one.
 func (o *orphanage) drop(n *node) {
-	if n.orphan.Load() == 0 {
-		return // all but a few nodes
+	if n.orphan.Load() == nil {
+		return
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -45,13 +84,13 @@ func (o *orphanage) drop(n *node) {
 }
 
 func (o *orphanage) dropLocked(n *node) {
-	if fd := n.orphan.Swap(0) - 1; fd >= 0 {
+	if kept := n.orphan.Swap(nil); kept != nil {
 		delete(o.nodes, n)
-		unix.Close(int(fd))
+		o.releaseLocked(kept)
 	}
 }
 
-// drain closes all, with the mount.
+// drain gives up all, with the mount.
 func (o *orphanage) drain() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -69,26 +108,46 @@ func (o *orphanage) len() int {
 // keepOrphan opens what is about to lose the name, so that requests on it which
 // the kernel sends later still find it: fstat of an O_PATH descriptor, an open
 // that lost a race against an atomic replace. It returns what to call when the
-// outcome is known. The number of such descriptors is bounded.
+// outcome is known: only then it is known whether the descriptor is needed, and
+// until then requests do not see it. The number of such descriptors is bounded.
 func (n *node) keepOrphan(d *volume.Dir, name string) (done func(removed bool)) {
 	none := func(bool) {}
 	c := n.known(name)
-	if c == nil || c.orphan.Load() != 0 {
+	if c == nil || c.orphan.Load() != nil {
 		return none
 	}
 	fd, err := d.OpenPath(name)
 	if err != nil {
 		return none
 	}
-	var st unix.Statx_t
-	if n.fs.statFd(fd, &st) != nil || c.check(&st) != nil || !n.fs.orphans.take(c, fd, maxOrphans) {
+	if c.checkFd(fd) != nil {
 		unix.Close(fd)
 		return none
 	}
 	return func(removed bool) {
-		// With a name left it is reached by that one.
-		if !removed || n.fs.statFd(fd, &st) != nil || st.Nlink > 0 && c.Mode() != syscall.S_IFDIR {
-			n.fs.orphans.drop(c)
+		if !removed || !c.nameless(fd) || !n.fs.orphans.take(c, fd, maxOrphans) {
+			unix.Close(fd) // nobody else has seen it
 		}
 	}
+}
+
+// nameless says whether what fd refers to has lost its last name. A directory has
+// one only, whatever link count the backing file system gives it then.
+func (n *node) nameless(fd int) bool {
+	var st unix.Statx_t
+	return n.fs.statFd(fd, &st) == nil && (st.Nlink == 0 || n.Mode() == syscall.S_IFDIR)
+}
+
+// throughOrphan calls op with the descriptor kept for the node, after a check that
+// it is the node's; is is false if none is kept.
+func (n *node) throughOrphan(op func(fd int) error) (err error, is bool) {
+	kept := n.fs.orphans.acquire(n)
+	if kept == nil {
+		return nil, false
+	}
+	defer n.fs.orphans.release(kept)
+	if err := n.checkFd(kept.fd); err != nil {
+		return err, true
+	}
+	return op(kept.fd), true
 }

@@ -3,6 +3,8 @@ package fs
 import (
 	"context"
 	"errors"
+
+	"kmsfs/crypt"
 )
 
 // Reprime gives every open file that holds a fresh key it has not used yet
@@ -22,28 +24,49 @@ func (s *Server) Reprime(ctx context.Context) error {
 	return errors.Join(failed...)
 }
 
+// A freshKey is a fresh key and what keyAge was before it was asked for.
+type freshKey struct {
+	*crypt.Fresh
+	age uint64
+}
+
+// outdated reports whether Reprime was called since the key was asked for: it may
+// be one under the old list. Whoever gives a key to a file asks with file.mu held,
+// and Reprime looks into each file with file.mu held after it has counted itself.
+// So either the giver sees the count, or Reprime sees the key.
+func (fs *fileSystem) outdated(k freshKey) bool { return fs.keyAge.Load() != k.age }
+
 // reprime exchanges the file's unused key, if it holds one. No lock is held while
-// Keys is asked.
+// Keys is asked; the new key may be outdated then, by the next Reprime.
 func (f *file) reprime(ctx context.Context) error {
-	v := f.view.Load()
-	if v == nil || !v.Primed() {
-		return nil
+	for f.primed() {
+		k, err := f.fs.freshKey(ctx)
+		if err != nil {
+			return err
+		}
+		unused, done := f.exchange(k)
+		f.fs.keys.Return(unused)
+		if done {
+			break
+		}
 	}
-	k, err := f.fs.freshKey(ctx)
-	if err != nil {
-		return err
-	}
-	f.fs.keys.Return(v.Reprime(k))
 	return nil
 }
 
-// primedAt is called when a key that was fetched at the given age may have been
-// handed to a file: a Reprime since then may have missed it.
-func (f *file) primedAt(ctx context.Context, age uint64) {
-	if f.fs.keyAge.Load() == age {
-		return
+func (f *file) primed() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	v := f.view.Load()
+	return v != nil && v.Primed()
+}
+
+// exchange puts k in the place of the key that the file holds, and returns that
+// one; or k, if it is of no use.
+func (f *file) exchange(k freshKey) (unused *crypt.Fresh, done bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.fs.outdated(k) {
+		return k.Fresh, false
 	}
-	if err := f.reprime(ctx); err != nil {
-		f.fs.log.trouble("exchanging a fresh key after a rekey", f.id.ino, err)
-	}
+	return f.view.Load().Reprime(k.Fresh), true
 }
