@@ -46,6 +46,8 @@ type controlReply struct {
 const (
 	controlIdle    = 10 * time.Second // for a request to arrive, or a status to be answered
 	controlReload  = time.Minute      // for a reload, which may ask KMS
+	controlDial    = 15 * time.Second // for a mount that starts or ends to listen, or to be gone
+	controlAgain   = 50 * time.Millisecond
 	controlMaxLine = 64 << 10
 )
 
@@ -177,6 +179,9 @@ func (s *controlServer) serve(ctx context.Context, c *net.UnixConn) {
 		if json.Unmarshal(in.Bytes(), &r) == nil {
 			reply = s.answer(ctx, r)
 		}
+		if ctx.Err() != nil { // the mount ends: its hanging up says so, a half-done answer does not
+			return
+		}
 		_ = c.SetWriteDeadline(time.Now().Add(controlIdle))
 		if out.Encode(reply) != nil {
 			return
@@ -237,7 +242,7 @@ func dialControl(id string, pid int) (*net.UnixConn, *unix.Ucred, error) {
 		}
 		c.Close()
 	}
-	return nil, nil, errors.New("its control socket does not answer")
+	return nil, nil, errHungUp
 }
 
 // request sends one request and waits for the answer.
@@ -296,23 +301,56 @@ func here(h *volume.Holder) bool {
 	return h.Host == host && h.BootID+"\n" == string(boot)
 }
 
+// errHungUp: nobody listens, or whoever did is gone; the lock says who has the
+// volume now.
+var errHungUp = errors.New("its control socket does not answer")
+
 // reloadMounts returns when the live mount of a volume, if there is one, has
-// adopted the key list on disk.
+// adopted the key list on disk. A mount that starts has the lock before it listens,
+// one that ends stops listening before it lets go of the lock: so it tries again
+// while the lock stays with the same process.
 func reloadMounts(ctx context.Context, dir, id string) error {
-	h, err := holderOf(dir)
-	if err != nil || h == nil {
-		return err
+	var pid int
+	var deadline time.Time
+	for {
+		h, err := holderOf(dir)
+		if err != nil || h == nil {
+			return err
+		}
+		if !here(h) {
+			return fmt.Errorf("it is mounted by process %d on %s, which can't be told from here", h.PID, h.Host)
+		}
+		if h.PID != pid {
+			pid, deadline = h.PID, time.Now().Add(controlDial)
+		}
+		err = reloadMount(ctx, id, h)
+		if !errors.Is(err, errHungUp) || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(controlAgain):
+		}
 	}
-	if !here(h) {
-		return fmt.Errorf("it is mounted by process %d on %s, which can't be told from here", h.PID, h.Host)
-	}
+}
+
+func reloadMount(ctx context.Context, id string, h *volume.Holder) error {
 	c, _, err := dialControl(id, h.PID)
 	if err != nil {
 		return fmt.Errorf("process %d (%s): %w", h.PID, h.Owner, err)
 	}
 	defer c.Close()
-	if _, err := request(ctx, c, "reload", controlReload); err != nil {
+	_, err = request(ctx, c, "reload", controlReload)
+	if hungUp(err) && ctx.Err() == nil {
+		err = fmt.Errorf("%w: %w", errHungUp, err)
+	}
+	if err != nil {
 		return fmt.Errorf("process %d (%s) says: %w", h.PID, h.Owner, err)
 	}
 	return nil
+}
+
+func hungUp(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET)
 }

@@ -189,11 +189,11 @@ func TestKMS(t *testing.T) {
 	c.bad(exitUnavailable, []string{two}, "mount", dir, point, "-o", "kms_deadline=1s")
 }
 
-func must(b []byte, err error) []byte {
+func must[T any](v T, err error) T {
 	if err != nil {
 		panic(err)
 	}
-	return b
+	return v
 }
 
 // A principal that may only ReEncrypt moves the tree, and can't mount it.

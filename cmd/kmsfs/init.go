@@ -104,7 +104,7 @@ func (p *program) init(ctx context.Context, dir string, f initFlags) error {
 	if err := volume.Create(dir, s, fresh.Secrets); err != nil {
 		return err
 	}
-	return p.initDone(dir, names)
+	return p.initDone(dir, s, fresh.Header)
 }
 
 // checkPins finds a damaged pin file before anything was made.
@@ -134,32 +134,28 @@ func (p *program) initKeys(ctx context.Context, provider keys.Provider, named []
 	return []string{defaultKey}, nil
 }
 
-// initDone pins the volume and tells the person what there is now.
-func (p *program) initDone(dir string, names []string) error {
-	v, err := volume.Open(dir)
+// initDone pins the volume and tells the person what there is now. It goes by what
+// this process made: kmsfs.toml may have been exchanged since.
+func (p *program) initDone(dir string, s volume.Settings, h *crypt.Header) error {
+	at, err := realPath(dir)
 	if err != nil {
 		return err
 	}
-	defer v.Close()
-	if err := pinNew(v); err != nil {
+	if err := pinNew(claimMade(at, s, h)); err != nil {
 		return err
 	}
-	p.say("made %s a kmsfs volume (id %s, names %s, block size %d)", dir, v.ID(), v.Names(), v.BlockSize())
-	for _, k := range names {
+	p.say("made %s a kmsfs volume (id %s, names %s, block size %d)", dir, s.ID, s.Names, s.BlockSize)
+	for _, k := range s.Keys {
 		p.say("key: %s", k)
 	}
-	p.warnLocal(names)
+	p.warnLocal(s.Keys)
 	p.say("mount it: %s", commandLine("kmsfs", "mount", dir)+" MOUNTPOINT")
 	return nil
 }
 
 // pinNew remembers a volume that this client made. A volume that stood at the
 // path before is gone: the directory was empty.
-func pinNew(v *volume.Volume) error {
-	c, err := claimOf(v)
-	if err != nil {
-		return err
-	}
+func pinNew(c claim) error {
 	file, err := config.PinsFile()
 	if err != nil {
 		return err

@@ -71,6 +71,9 @@ type mounting struct {
 	log        *slog.Logger
 	server     *fs.Server
 	reloading  sync.Mutex // one reload at a time
+	standing   *standing  // guarded by reloading; nil until the list was read under the lock
+	device     string     // of the mount, as mountinfo names it
+	detached   bool       // of unmountOn: the mount is out of the tree and served to its last users
 }
 
 // serve returns when the file system was unmounted.
@@ -134,7 +137,7 @@ func (m *mounting) unlock(ctx context.Context) (err error) {
 	}
 	if err = lockVolume(m.v, "mount on "+m.point); err == nil {
 		// A rekey between reading kmsfs.toml and taking the lock found no mount to
-		// tell: read it again.
+		// tell: read it again, and judge as before.
 		_, err = m.reload(ctx)
 	}
 	if err != nil {
@@ -154,7 +157,7 @@ func (m *mounting) reload(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 	// What was answered or accepted at the start is in the pin by now.
-	ask := trustRequest{Named: m.keys, Live: true, Accept: m.accept, Command: m.again}
+	ask := trustRequest{Named: m.keys, Live: m.standing, Accept: m.accept, Command: m.again}
 	d, err := m.decide(m.v, ask)
 	if err != nil {
 		return nil, err
@@ -169,7 +172,11 @@ func (m *mounting) reload(ctx context.Context) ([]string, error) {
 			return nil, fmt.Errorf("exchanging the fresh keys of open files: %w", err)
 		}
 	}
-	return d.Trusted, remember(m.v.ID().String(), d.Pin)
+	if err := remember(m.v.ID().String(), d.Pin); err != nil {
+		return nil, err
+	}
+	m.standing = &d.Standing
+	return d.Trusted, nil
 }
 
 // mounted mounts, serves and cleans up.
@@ -184,6 +191,12 @@ func (m *mounting) mounted() (err error) {
 		return &failure{status: exitMount, err: err, next: mountAdvice(err)}
 	}
 	m.tty = false // from here on nobody can be asked
+	at, err := mountedAt(m.point)
+	if err != nil || at == nil || !at.isKmsfs() {
+		err = errors.Join(err, fail(exitMount, "", "the mount on %s was taken away or covered at once", m.point))
+		return errors.Join(err, m.server.Unmount())
+	}
+	m.device = at.device
 	control, err := m.listen()
 	if err == nil {
 		defer control.Close()
@@ -253,6 +266,15 @@ func (m *mounting) unmountOn(signals <-chan os.Signal, done <-chan struct{}) {
 }
 
 func (m *mounting) unmount() {
+	if m.detached {
+		m.log.Info("the mount is detached already and served until its last user is gone")
+		return
+	}
+	// A path names the topmost mount only: it must not be somebody else's.
+	if at, err := mountedAt(m.point); err != nil || at == nil || at.device != m.device {
+		m.log.Error("not unmounting: the topmost mount at the mountpoint is not this one", "mountpoint", m.point, "err", err)
+		return
+	}
 	err := m.server.Unmount()
 	if err == nil {
 		return
@@ -260,7 +282,9 @@ func (m *mounting) unmount() {
 	m.log.Warn("the mountpoint is busy; it is detached and served until its last user is gone", "err", err)
 	if err := unmountPoint(m.point, true); err != nil {
 		m.log.Error("unmounting failed", "err", sentence(err))
+		return
 	}
+	m.detached = true
 }
 
 // openLog decides where the log goes: stderr in the foreground, else the file

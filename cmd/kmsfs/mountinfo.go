@@ -13,6 +13,7 @@ import (
 // A mountEntry is one line of /proc/self/mountinfo.
 type mountEntry struct {
 	point, kind, source string
+	device              string // major:minor, of this mount's file system alone
 }
 
 func (m *mountEntry) isKmsfs() bool { return m.kind == "fuse.kmsfs" }
@@ -35,7 +36,7 @@ func parseMountinfo(text string) (list []mountEntry) {
 		if !ok || len(f) < 6 || len(g) < 2 {
 			continue
 		}
-		list = append(list, mountEntry{point: unescape(f[4]), kind: g[0], source: unescape(g[1])})
+		list = append(list, mountEntry{point: unescape(f[4]), kind: g[0], source: unescape(g[1]), device: f[2]})
 	}
 	return list
 }

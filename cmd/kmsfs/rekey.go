@@ -121,7 +121,7 @@ func (p *program) rekey(ctx context.Context, dir string, f rekeyFlags) error {
 		To: f.to, From: f.from, Trusted: d.Trusted, Jobs: f.jobs, MaxRPS: f.maxRPS, DryRun: f.dryRun,
 		Confirm: func(plan rekey.Plan) error { return show.confirm(plan, f.yes) },
 		Event:   show.event,
-		Pin:     func(list []string) error { return repin(v, list) },
+		Pin:     func(list []string) error { return repin(v, list, slices.Concat(d.Trusted, []string{f.to, f.from})) },
 		Reload:  func(ctx context.Context) error { return reloadMounts(ctx, dir, v.ID().String()) },
 	})
 	show.stop()
@@ -164,8 +164,14 @@ func (p *program) rekeyTrust(ctx context.Context, v *volume.Volume, provider key
 }
 
 // repin remembers the key list that the volume has now. A key that left it is
-// retired: an old copy of kmsfs.toml must not bring it back.
-func repin(v *volume.Volume, list []string) error {
+// retired: an old copy of kmsfs.toml must not bring it back. The list is read from
+// the volume, so a key that was neither judged nor named must not get any further.
+func repin(v *volume.Volume, list, trusted []string) error {
+	for _, k := range list {
+		if !slices.Contains(trusted, k) {
+			return refuse("take it out of kmsfs.toml and run the same command again", "kmsfs.toml of %s lists the key %s, which this client does not trust", v.Path(), k)
+		}
+	}
 	c, err := claimOf(v)
 	if err != nil {
 		return err
@@ -175,11 +181,9 @@ func repin(v *volume.Volume, list []string) error {
 		return err
 	}
 	return config.UpdatePins(file, func(pins config.Pins) error {
-		old := pins[c.ID]
 		r := trustRequest{claim: c}
 		next := r.newPin(list)
-		known := append(slices.Clone(old.Retired), missing(old.Retired, old.Keys)...)
-		next.Retired = missing(list, known)
+		next.Retired = retire(pins[c.ID], list)
 		pins[c.ID] = *next
 		return nil
 	})

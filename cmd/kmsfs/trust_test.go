@@ -11,12 +11,13 @@ import (
 )
 
 const (
-	keyA      = "arn:aws:kms:us-east-1:111122223333:key/11111111-1111-4111-8111-111111111111"
-	keyB      = "arn:aws:kms:eu-west-1:111122223333:key/22222222-2222-4222-8222-222222222222"
-	keyOther  = "arn:aws:kms:us-east-1:444455556666:key/33333333-3333-4333-8333-333333333333"
-	keyChina  = "arn:aws-cn:kms:cn-north-1:111122223333:key/44444444-4444-4444-8444-444444444444"
-	keyMRK    = "arn:aws:kms:us-east-1:111122223333:key/mrk-11112222333344445555666677778888"
-	keyMRKTwo = "arn:aws:kms:eu-west-1:111122223333:key/mrk-11112222333344445555666677778888"
+	keyA        = "arn:aws:kms:us-east-1:111122223333:key/11111111-1111-4111-8111-111111111111"
+	keyB        = "arn:aws:kms:eu-west-1:111122223333:key/22222222-2222-4222-8222-222222222222"
+	keyOther    = "arn:aws:kms:us-east-1:444455556666:key/33333333-3333-4333-8333-333333333333"
+	keyChina    = "arn:aws-cn:kms:cn-north-1:111122223333:key/44444444-4444-4444-8444-444444444444"
+	keyMRK      = "arn:aws:kms:us-east-1:111122223333:key/mrk-11112222333344445555666677778888"
+	keyMRKThree = "arn:aws:kms:ap-south-1:111122223333:key/mrk-11112222333344445555666677778888"
+	keyMRKTwo   = "arn:aws:kms:eu-west-1:111122223333:key/mrk-11112222333344445555666677778888"
 )
 
 var (
@@ -70,7 +71,11 @@ func TestJudge(t *testing.T) {
 		{name: "listed without a copy", r: trustRequest{claim: func() claim { c := claimed(keyB, keyA); c.Copies = []string{keyA}; return c }(), Pins: pinnedTo(keyA)}, refused: "no copy under it"},
 		{name: "retired key is back", r: trustRequest{claim: claimed(keyA, keyB), Pins: retired(keyA, keyB)}, refused: "was retired", next: "--accept-key " + keyA},
 		{name: "retired key is back, accepted", r: trustRequest{claim: claimed(keyA, keyB), Pins: retired(keyA, keyB), Accept: []string{keyA}}, trusted: []string{keyA, keyB}, pin: []string{keyA, keyB}},
-		{name: "replica of a pinned key", r: trustRequest{claim: claimed(keyMRKTwo), Pins: pinnedTo(keyMRK)}, trusted: []string{keyMRKTwo}, pin: []string{keyMRKTwo}},
+		{name: "replica of a pinned key", r: trustRequest{claim: claimed(keyMRKTwo), Pins: pinnedTo(keyMRK)}, trusted: []string{keyMRKTwo}, prove: []string{keyMRKTwo}, pin: []string{keyMRKTwo}, retired: []string{keyMRK}},
+		{name: "replica of a retired key", r: trustRequest{claim: claimed(keyMRKTwo, keyB), Pins: retired(keyMRK, keyB)}, refused: "was retired", next: "--accept-key " + keyMRKTwo},
+		{name: "retired replica of a pinned key", r: trustRequest{claim: claimed(keyMRK), Pins: retired(keyMRK, keyMRKTwo)}, refused: "was retired"},
+		{name: "third replica of a pinned key", r: trustRequest{claim: claimed(keyMRKThree, keyMRKTwo), Pins: retired(keyMRK, keyMRKTwo)}, trusted: []string{keyMRKThree, keyMRKTwo}, prove: []string{keyMRKThree}, pin: []string{keyMRKThree, keyMRKTwo}, retired: []string{keyMRK}},
+		{name: "replica of an accepted key", r: trustRequest{claim: claimed(keyMRKTwo, keyOther), Pins: pinnedTo(keyOther), Accept: []string{keyMRK}}, refused: "another account"},
 		{name: "named keys leave the pin alone", r: trustRequest{claim: claimed(keyA, keyB), Pins: pinnedTo(keyA), Named: []string{keyB}}, trusted: []string{keyB}},
 		{name: "accept-new is not for known volumes", r: trustRequest{claim: claimed(keyOther, keyA), Pins: pinnedTo(keyA), AcceptNew: true, Terminal: true}, refused: "another account"},
 
@@ -84,13 +89,27 @@ func TestJudge(t *testing.T) {
 		{name: "KMS key, KMS required", r: trustRequest{claim: claimed(keyA), Pins: pinnedTo(keyA), RequireKMS: true}, trusted: []string{keyA}},
 
 		// a mount that runs already
-		{name: "live with --key, rekeyed here", r: trustRequest{claim: claimed(keyB, keyA), Pins: pinnedTo(keyB, keyA), Named: []string{keyA}, Live: true}, trusted: []string{keyB, keyA}},
-		{name: "live with --key, changed elsewhere", r: trustRequest{claim: claimed(keyB, keyA), Pins: pinnedTo(keyA), Named: []string{keyA}, Live: true}, refused: "mounted with --key for others only"},
+		{name: "live, rekeyed here", r: live(claimed(keyB, keyA), pinnedTo(keyB, keyA), standing{Trusted: s(keyA), Listed: s(keyA), Pinned: s(keyA)}), trusted: s(keyB, keyA)},
+		{name: "live, the end of that rekey", r: live(claimed(keyB), retired(keyA, keyB), standing{Trusted: s(keyB, keyA), Listed: s(keyB, keyA), Pinned: s(keyB, keyA)}), trusted: s(keyB)},
+		{name: "live, changed elsewhere", r: live(claimed(keyB, keyA), pinnedTo(keyA), standing{Trusted: s(keyA), Listed: s(keyA), Pinned: s(keyA)}), refused: "mounted with --key for others only"},
+		{name: "live, nothing changed: its own list and order", r: live(claimed(keyA, keyB), pinnedTo(keyA, keyB, keyOther), standing{Trusted: s(keyB, keyA), Listed: s(keyA, keyB), Pinned: s(keyA, keyB, keyOther)}), trusted: s(keyB, keyA)},
+		{name: "live, nothing changed: one of two", r: live(claimed(keyA, keyB), pinnedTo(keyA, keyB), standing{Trusted: s(keyB), Listed: s(keyA, keyB), Pinned: s(keyA, keyB)}), trusted: s(keyB)},
+		{name: "live, rekeyed here to a key that was second", r: live(claimed(keyB, keyA), pinnedTo(keyB, keyA), standing{Trusted: s(keyA, keyB), Listed: s(keyA, keyB), Pinned: s(keyA, keyB)}), trusted: s(keyB, keyA)},
+		{name: "live, rekeyed elsewhere to a key that was second", r: live(claimed(keyB, keyA), pinnedTo(keyA, keyB), standing{Trusted: s(keyA), Listed: s(keyA, keyB), Pinned: s(keyA, keyB)}), refused: "mounted with --key for others only"},
+		{name: "live, a key was added here", r: live(claimed(keyA, keyB), pinnedTo(keyA, keyB), standing{Trusted: s(keyA), Listed: s(keyA), Pinned: s(keyA)}), trusted: s(keyA, keyB)},
+		{name: "live, named though retired before", r: live(claimed(keyA, keyB), retired(keyA, keyB), standing{Trusted: s(keyA), Listed: s(keyA, keyB), Pinned: s(keyB), Retired: s(keyA)}), trusted: s(keyA)},
+		{name: "live, a whole rekey here at once", r: live(claimed(keyB), retired(keyA, keyB), standing{Trusted: s(keyA), Listed: s(keyA, keyB), Pinned: s(keyA, keyB)}), trusted: s(keyB)},
+		{name: "live, a whole rekey elsewhere", r: live(claimed(keyB), pinnedTo(keyA), standing{Trusted: s(keyA), Listed: s(keyA, keyB), Pinned: s(keyA)}), refused: "not under the keys"},
+		{name: "live, a key that is gone from the middle", r: live(claimed(keyA, keyB), retired(keyOther, keyA), standing{Trusted: s(keyB, keyOther), Listed: s(keyA, keyOther, keyB), Pinned: s(keyA, keyOther)}), trusted: s(keyB)},
+		{name: "live, the pin was deleted", r: live(claimed(keyA), nil, standing{Trusted: s(keyA), Listed: s(keyA), Pinned: s(keyA)}), trusted: s(keyA)},
 
 		// rekey
 		{name: "rekey, unknown volume", r: trustRequest{claim: claimed(keyA), Extra: []string{keyOther}}, refused: "new to this client", next: "--from " + keyA},
 		{name: "rekey, unknown volume with --from", r: trustRequest{claim: claimed(keyA), Extra: []string{keyOther, keyA}}, trusted: []string{keyA, keyOther}, pin: []string{keyA}},
 		{name: "rekey to another account", r: trustRequest{claim: claimed(keyA), Pins: pinnedTo(keyA), Extra: []string{keyOther}}, trusted: []string{keyA, keyOther}},
+		{name: "rekey, configured, a planted key", r: trustRequest{claim: claimed(keyB, keyA), Named: s(keyA), Extra: s(keyOther, keyA)}, refused: "lists the key " + keyB},
+		{name: "rekey, configured, a pinned key beside", r: trustRequest{claim: claimed(keyB, keyA), Named: s(keyA), Pins: pinnedTo(keyB, keyA), Extra: s(keyOther, keyA)}, trusted: s(keyA, keyOther, keyB)},
+		{name: "mount, configured, a planted key", r: trustRequest{claim: claimed(keyOther, keyA), Named: s(keyA)}, trusted: s(keyA), pin: s(keyA)},
 		{name: "rekey resumed", r: trustRequest{claim: claimed(keyOther, keyA), Pins: pinnedTo(keyA), Extra: []string{keyOther}}, trusted: []string{keyOther, keyA}, pin: []string{keyOther, keyA}},
 	}
 	for _, row := range rows {
@@ -121,6 +140,13 @@ func TestJudge(t *testing.T) {
 			require.Equal(t, &config.Pin{Path: row.r.claim.Dir, Commitment: "c0", Settings: "d0", Keys: row.pin, Retired: row.retired}, normal(d.Pin))
 		})
 	}
+}
+
+func s(keys ...string) []string { return keys }
+
+// live is what a running mount, started with --key, asks.
+func live(c claim, pins config.Pins, now standing) trustRequest {
+	return trustRequest{claim: c, Pins: pins, Named: now.Trusted, Live: &now}
 }
 
 func retired(gone, kept string) config.Pins {

@@ -144,7 +144,7 @@ func TestMountOptions(t *testing.T) {
 func TestMountinfo(t *testing.T) {
 	list := parseMountinfo("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n" +
 		"99 22 0:50 / /mnt/with\\040space rw,nosuid shared:7 master:1 - fuse.kmsfs /back\\134slash rw,user_id=0\nnonsense\n")
-	require.Equal(t, []mountEntry{{"/", "ext4", "/dev/sda1"}, {"/mnt/with space", "fuse.kmsfs", `/back\slash`}}, list)
+	require.Equal(t, []mountEntry{{"/", "ext4", "/dev/sda1", "8:1"}, {"/mnt/with space", "fuse.kmsfs", `/back\slash`, "0:50"}}, list)
 	require.True(t, list[1].isKmsfs())
 	require.True(t, inside("/a/b", "/a"))
 	require.True(t, inside("/a", "/a"))
