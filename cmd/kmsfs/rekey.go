@@ -24,6 +24,7 @@ import (
 
 type rekeyFlags struct {
 	to, from            string
+	accept              []string
 	jobs                int
 	maxRPS              float64
 	dryRun, asJSON, yes bool
@@ -66,6 +67,7 @@ regions, kms:Decrypt and kms:Encrypt.` + statuses(0, 1, 2, 3, 4, 5, 6),
 	fl := cmd.Flags()
 	fl.StringVar(&f.to, "to", "", "the new `KEY`")
 	fl.StringVar(&f.from, "from", "", "replace only copies under `KEY`, and trust it; needed if there are several")
+	fl.StringArrayVar(&f.accept, "accept-key", nil, "trust `KEY` although it is new in the volume's list; may be repeated")
 	fl.IntVar(&f.jobs, "jobs", 0, "move `N` files at a time")
 	fl.Float64Var(&f.maxRPS, "max-rps", 0, "send at most `N` requests a second to KMS; its quota is shared by the whole account")
 	fl.BoolVar(&f.dryRun, "dry-run", false, "show the plan and change nothing")
@@ -144,13 +146,15 @@ func (p *program) rekeyKeys(ctx context.Context, provider keys.Provider, f *reke
 		}
 		*name = list[0]
 	}
-	return nil
+	var err error
+	f.accept, err = p.resolve(ctx, provider, f.accept)
+	return err
 }
 
 // rekeyTrust decides which keys a copy may be taken from. It does not open the
 // volume key: who moves a tree inside a region need not be able to read it.
 func (p *program) rekeyTrust(ctx context.Context, v *volume.Volume, provider keys.Provider, dir string, f rekeyFlags) (verdict, error) {
-	ask := trustRequest{Extra: []string{f.to}, Command: func(more ...string) string {
+	ask := trustRequest{Extra: []string{f.to}, Accept: f.accept, Command: func(more ...string) string {
 		return commandLine(append([]string{"kmsfs", "rekey", dir, "--to", f.to}, more...)...)
 	}}
 	if f.from != "" {

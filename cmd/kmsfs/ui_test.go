@@ -107,7 +107,7 @@ func TestEveryFlagHasItsKey(t *testing.T) {
 		"mount --foreground": "foreground", "mount --read-only": "read_only", "mount --allow-other": "allow_other",
 		"mount --key": "keys", "mount --accept-new": "accept_new", "mount --accept-key": "accept_keys", "mount --log-file": "log_file",
 		"mount --options": "", // each option has its own
-		"rekey --jobs":    "jobs", "rekey --max-rps": "max_rps",
+		"rekey --jobs":    "jobs", "rekey --max-rps": "max_rps", "rekey --accept-key": "accept_keys",
 	}
 	thisRun := map[string]bool{"rekey --to": true, "rekey --from": true, "rekey --dry-run": true, "rekey --json": true, "rekey --yes": true, "inspect --json": true}
 	for _, c := range allCommands(t) {
