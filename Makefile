@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 export CGO_ENABLED ?= 1
 
-.PHONY: help setup build test short fips fuzz race lint demo clean
+.PHONY: help setup build test whole short fips fuzz race lint demo clean
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,6 +15,9 @@ build: ## build bin/kmsfs, the program
 
 test: setup ## everything: unit tests, fuzz seeds, real mounts against kmstest and moto_server (as root: about 10 minutes)
 	go test -timeout 30m ./...
+
+whole: setup ## the main job on the whole Go source tree with each kind of key, moto_server too (slow)
+	KMSFS_TEST_WHOLE=all go test -count=1 -timeout 60m -v -run TestMainFlowWholeTree ./integration
 
 short: setup ## the quick part of "make test"
 	go test -short ./...
