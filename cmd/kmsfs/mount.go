@@ -191,12 +191,10 @@ func (m *mounting) mounted() (err error) {
 		return &failure{status: exitMount, err: err, next: mountAdvice(err)}
 	}
 	m.tty = false // from here on nobody can be asked
-	at, err := mountedAt(m.point)
-	if err != nil || at == nil || !at.isKmsfs() {
-		err = errors.Join(err, fail(exitMount, "", "the mount on %s was taken away or covered at once", m.point))
-		return errors.Join(err, m.server.Unmount())
+	// Somebody may have covered it already: the topmost mount need not be ours.
+	if m.device, err = deviceOf(m.point); err != nil {
+		return &failure{status: exitMount, err: err}
 	}
-	m.device = at.device
 	control, err := m.listen()
 	if err == nil {
 		defer control.Close()

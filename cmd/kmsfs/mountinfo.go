@@ -95,6 +95,20 @@ func mountedAt(point string) (*mountEntry, error) {
 	return nil, nil
 }
 
+// deviceOf is the device of the latest kmsfs mount on point, covered or not.
+func deviceOf(point string) (string, error) {
+	list, err := mounts()
+	if err != nil {
+		return "", err
+	}
+	for i := len(list) - 1; i >= 0; i-- {
+		if m := &list[i]; m.point == point && m.isKmsfs() {
+			return m.device, nil
+		}
+	}
+	return "", fmt.Errorf("the mount on %s was taken away at once", point)
+}
+
 // inside reports whether path is dir or lies below it; both are clean and
 // absolute.
 func inside(path, dir string) bool {
