@@ -13,7 +13,8 @@ type EncryptionContext = map[string]string
 
 // A Provider wraps and unwraps data keys under keys that never leave it. Key is
 // the ARN of a KMS key (not an alias, but for Describe) or "local:NAME". Every
-// error is an *Error. The caller owns, and wipes, the keys it is given.
+// error is an *Error. The caller owns, and wipes, the keys it is given. Every
+// call ends by itself, also under a context without a deadline.
 type Provider interface {
 	// GenerateDataKey makes a data key and wraps it.
 	GenerateDataKey(ctx context.Context, key string, ec EncryptionContext) (*crypt.Key, []byte, error)

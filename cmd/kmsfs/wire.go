@@ -128,7 +128,7 @@ func newRewrapper(provider keys.Provider, id crypt.VolumeID) rekey.Rewrapper {
 // Route implements rekey.Rewrapper.
 func (r rewrapper) Route(from, to string) (rekey.Route, error) {
 	way, err := r.Rewrapper.Route(from, to)
-	return rekey.Route{Name: way.Method.String(), Calls: way.Calls, Plaintext: way.Plaintext}, err
+	return rekey.Route{Name: way.Name(), Calls: way.Calls, Plaintext: way.Plaintext}, err
 }
 
 // openTrusted decides whom to trust, fetches the volume key and unlocks v. It

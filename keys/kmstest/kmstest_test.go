@@ -184,6 +184,7 @@ func TestRegionsAndReplicas(t *testing.T) {
 	out, err := west.Decrypt(ctx, &awskms.DecryptInput{KeyId: rep.ReplicaKeyMetadata.Arn, CiphertextBlob: blob})
 	require.NoError(t, err)
 	require.Equal(t, *rep.ReplicaKeyMetadata.Arn, *out.KeyId)
+	require.Equal(t, s.MaterialOf(blob), *out.KeyMaterialId)
 	_, err = east.ReplicateKey(ctx, &awskms.ReplicateKeyInput{KeyId: made.KeyMetadata.Arn, ReplicaRegion: aws.String("us-west-2")})
 	require.Error(t, err)
 	single := s.CreateKey("us-east-1")
@@ -193,6 +194,41 @@ func TestRegionsAndReplicas(t *testing.T) {
 	s.Delete(*rep.ReplicaKeyMetadata.Arn)
 	_, err = west.DescribeKey(ctx, &awskms.DescribeKeyInput{KeyId: rep.ReplicaKeyMetadata.Arn})
 	require.Error(t, err)
+}
+
+// TestRotationReachesReplicas: a family has one current material, which only the
+// primary rotates; every member opens what any of them ever wrapped.
+func TestRotationReachesReplicas(t *testing.T) {
+	s := New(t, nil)
+	primary := s.Create(KeySpec{MultiRegion: true})
+	replica := s.Replicate(primary, "us-west-2")
+	east, west := client(s, "us-east-1", s.Admin()), client(s, "us-west-2", s.Admin())
+	old := encrypt(t, west, replica, nil)
+	before := s.CurrentMaterial(primary)
+	require.Equal(t, before, s.MaterialOf(old))
+	_, err := west.RotateKeyOnDemand(ctx, &awskms.RotateKeyOnDemandInput{KeyId: &replica})
+	var unsupported *types.UnsupportedOperationException
+	require.ErrorAs(t, err, &unsupported)
+	_, err = east.RotateKeyOnDemand(ctx, &awskms.RotateKeyOnDemandInput{KeyId: &primary})
+	require.NoError(t, err)
+	require.NotEqual(t, before, s.CurrentMaterial(replica))
+	d, err := west.DescribeKey(ctx, &awskms.DescribeKeyInput{KeyId: &replica})
+	require.NoError(t, err)
+	require.Equal(t, s.CurrentMaterial(primary), *d.KeyMetadata.CurrentKeyMaterialId)
+
+	out, err := east.ReEncrypt(ctx, &awskms.ReEncryptInput{SourceKeyId: &primary, DestinationKeyId: &primary, CiphertextBlob: old})
+	require.NoError(t, err)
+	require.Equal(t, before, *out.SourceKeyMaterialId)
+	require.Equal(t, s.CurrentMaterial(primary), *out.DestinationKeyMaterialId)
+	require.Equal(t, s.CurrentMaterial(primary), s.MaterialOf(out.CiphertextBlob))
+	made, err := west.GenerateDataKey(ctx, &awskms.GenerateDataKeyInput{KeyId: &replica, KeySpec: types.DataKeySpecAes256})
+	require.NoError(t, err)
+	require.Equal(t, s.CurrentMaterial(primary), *made.KeyMaterialId)
+	for _, blob := range [][]byte{old, out.CiphertextBlob, made.CiphertextBlob} {
+		_, err = east.Decrypt(ctx, &awskms.DecryptInput{KeyId: &primary, CiphertextBlob: blob})
+		require.NoError(t, err)
+	}
+	require.Empty(t, s.MaterialOf([]byte("no blob")))
 }
 
 func TestPermissions(t *testing.T) {
@@ -368,7 +404,8 @@ func TestLog(t *testing.T) {
 	key, other := s.CreateKey("us-east-1"), s.CreateKey("us-east-1")
 	c := client(s, "us-east-1", s.Admin())
 	blob := encrypt(t, c, key, map[string]string{"a": "b"})
-	_, err := c.ReEncrypt(ctx, &awskms.ReEncryptInput{SourceKeyId: &key, DestinationKeyId: &other, CiphertextBlob: blob})
+	_, err := c.ReEncrypt(ctx, &awskms.ReEncryptInput{SourceKeyId: &key, DestinationKeyId: &other, CiphertextBlob: blob,
+		SourceEncryptionContext: map[string]string{"a": "c"}, DestinationEncryptionContext: map[string]string{"d": "e"}})
 	require.Error(t, err)
 	calls := s.Calls()
 	require.Len(t, calls, 2)
@@ -378,6 +415,8 @@ func TestLog(t *testing.T) {
 	require.Equal(t, s.Admin().ARN, calls[0].Principal)
 	require.Empty(t, calls[0].Error)
 	require.Equal(t, key, calls[1].Source)
+	require.Equal(t, map[string]string{"a": "c"}, calls[1].Context)
+	require.Equal(t, map[string]string{"d": "e"}, calls[1].DestinationContext)
 	require.Equal(t, other, calls[1].Key)
 	require.Equal(t, "InvalidCiphertextException", calls[1].Error)
 	require.Equal(t, 2, s.Count())

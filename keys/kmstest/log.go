@@ -10,17 +10,18 @@ import (
 
 // A Call is one request that reached the server.
 type Call struct {
-	Time      time.Time
-	Took      time.Duration
-	Op        string
-	Region    string
-	Key       string // ARN, or what the caller named it by if it was not found
-	Source    string // of ReEncrypt
-	Context   map[string]string
-	Principal string // ARN; "" if not recognised
-	AccessKey string
-	DryRun    bool
-	Error     string // exception, or "hang", "reset"; "" if it succeeded
+	Time               time.Time
+	Took               time.Duration
+	Op                 string
+	Region             string
+	Key                string            // ARN, or what the caller named it by if it was not found
+	Source             string            // of ReEncrypt
+	Context            map[string]string // of ReEncrypt: the source's
+	DestinationContext map[string]string // of ReEncrypt: the destination's
+	Principal          string            // ARN; "" if not recognised
+	AccessKey          string
+	DryRun             bool
+	Error              string // exception, or "hang", "reset"; "" if it succeeded
 }
 
 type callLog struct {

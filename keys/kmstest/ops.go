@@ -66,6 +66,10 @@ type cryptoOut struct {
 	Plaintext      []byte `json:"Plaintext,omitempty"`
 	CiphertextBlob []byte `json:"CiphertextBlob,omitempty"`
 
+	KeyMaterialID            string `json:"KeyMaterialId,omitempty"`
+	SourceKeyMaterialID      string `json:"SourceKeyMaterialId,omitempty"`
+	DestinationKeyMaterialID string `json:"DestinationKeyMaterialId,omitempty"`
+
 	EncryptionAlgorithm            string `json:"EncryptionAlgorithm,omitempty"`
 	SourceEncryptionAlgorithm      string `json:"SourceEncryptionAlgorithm,omitempty"`
 	DestinationEncryptionAlgorithm string `json:"DestinationEncryptionAlgorithm,omitempty"`
@@ -119,7 +123,8 @@ func (q *request) generateDataKey() (any, *apiError) {
 		return nil, dryRun()
 	}
 	plain := randomBytes(size)
-	return cryptoOut{KeyID: k.arn, Plaintext: plain, CiphertextBlob: k.seal(plain, in.EncryptionContext)}, nil
+	return cryptoOut{KeyID: k.arn, Plaintext: plain, CiphertextBlob: k.seal(plain, in.EncryptionContext),
+		KeyMaterialID: hexID(k.family.current.id)}, nil
 }
 
 func (q *request) generateDataKeyWithoutPlaintext() (any, *apiError) {
@@ -182,14 +187,15 @@ func (q *request) decrypt() (any, *apiError) {
 	if in.ignoresCiphertext() {
 		return nil, dryRun()
 	}
-	plain, fail := k.open(q.materialOf(in.CiphertextBlob), in.CiphertextBlob, in.EncryptionContext)
+	m := q.materialOf(in.CiphertextBlob)
+	plain, fail := k.open(m, in.CiphertextBlob, in.EncryptionContext)
 	if fail != nil {
 		return nil, fail
 	}
 	if in.DryRun {
 		return nil, dryRun()
 	}
-	return cryptoOut{KeyID: k.arn, Plaintext: plain, EncryptionAlgorithm: symmetric}, nil
+	return cryptoOut{KeyID: k.arn, Plaintext: plain, KeyMaterialID: hexID(m.id), EncryptionAlgorithm: symmetric}, nil
 }
 
 // source finds the key to open a blob with: the one named, else the one whose
@@ -218,6 +224,7 @@ func (q *request) reEncrypt() (any, *apiError) {
 		return nil, fail
 	}
 	q.call.Key, q.call.Source, q.call.Context = in.DestinationKeyID, in.SourceKeyID, in.SourceEncryptionContext
+	q.call.DestinationContext = in.DestinationEncryptionContext
 	from, fail := q.source(in.SourceKeyID, "ReEncryptFrom", &in)
 	if fail != nil {
 		return nil, fail
@@ -230,7 +237,8 @@ func (q *request) reEncrypt() (any, *apiError) {
 	if in.ignoresCiphertext() {
 		return nil, dryRun()
 	}
-	plain, fail := from.open(q.materialOf(in.CiphertextBlob), in.CiphertextBlob, in.SourceEncryptionContext)
+	m := q.materialOf(in.CiphertextBlob)
+	plain, fail := from.open(m, in.CiphertextBlob, in.SourceEncryptionContext)
 	if fail != nil {
 		return nil, fail
 	}
@@ -238,6 +246,7 @@ func (q *request) reEncrypt() (any, *apiError) {
 		return nil, dryRun()
 	}
 	return cryptoOut{KeyID: to.arn, SourceKeyID: from.arn, CiphertextBlob: to.seal(plain, in.DestinationEncryptionContext),
+		SourceKeyMaterialID: hexID(m.id), DestinationKeyMaterialID: hexID(to.family.current.id),
 		SourceEncryptionAlgorithm: symmetric, DestinationEncryptionAlgorithm: symmetric}, nil
 }
 

@@ -130,7 +130,11 @@ func (s *Server) arn(region, account, resource string) string {
 func (s *Server) Replicate(arn, region string) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.replicateLocked(s.mustLocked(arn), region).arn
+	k := s.mustLocked(arn)
+	if !k.multi || s.keys[region][k.id] != nil {
+		panic("kmstest: " + arn + " can have no replica in " + region)
+	}
+	return s.replicateLocked(k, region).arn
 }
 
 func (s *Server) replicateLocked(of *key, region string) *key {
@@ -169,6 +173,25 @@ func (s *Server) Rotate(arn string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.newMaterialLocked(s.mustLocked(arn).family)
+}
+
+// CurrentMaterial is the id of the key material that a key, and every replica of
+// it, wraps with now; DescribeKey tells it as CurrentKeyMaterialId.
+func (s *Server) CurrentMaterial(arn string) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return hexID(s.mustLocked(arn).family.current.id)
+}
+
+// MaterialOf is the id of the key material that a blob was wrapped with, "" if
+// it is not one of this server's.
+func (s *Server) MaterialOf(blob []byte) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if m := s.materialOf(blob); m != nil {
+		return hexID(m.id)
+	}
+	return ""
 }
 
 // Delete removes a key at once, which AWS does only after its waiting period.
