@@ -22,6 +22,7 @@ import (
 type AWS struct {
 	clients  *clients
 	deadline time.Duration
+	pacer    *Pacer // nil = none
 
 	mu    sync.Mutex
 	calls map[string]int64 // guarded by mu; requests sent, by operation
@@ -36,7 +37,7 @@ func NewAWS(opts AWSOptions) (*AWS, error) {
 	if opts.Deadline == 0 {
 		opts.Deadline = defaultDeadline
 	}
-	return &AWS{clients: newClients(opts), deadline: opts.Deadline, calls: map[string]int64{}}, nil
+	return &AWS{clients: newClients(opts), deadline: opts.Deadline, pacer: opts.Pacer, calls: map[string]int64{}}, nil
 }
 
 // Requests is the number of requests sent so far, by operation, retries included.
@@ -174,16 +175,6 @@ func (a *AWS) Describe(ctx context.Context, key string) (Description, error) {
 		return Description{}, newError(KindRejected, opDescribe, key, err)
 	}
 	return d, nil
-}
-
-// describeOnce asks for a key's state in the middle of another call.
-func (a *AWS) describeOnce(ctx context.Context, key string) (d Description, err error) {
-	c, err := a.clients.in(ctx, regionOf(key))
-	if err != nil {
-		return d, err
-	}
-	a.count(opDescribe)
-	return describe(ctx, c, key)
 }
 
 func describe(ctx context.Context, c *awskms.Client, key string) (Description, error) {

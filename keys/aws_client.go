@@ -28,6 +28,7 @@ const (
 
 	firstBackoff = 50 * time.Millisecond
 	maxBackoff   = 2 * time.Second
+	pacedBackoff = 10 * time.Millisecond
 
 	// minFIPSSecret: SigV4 keys an HMAC with "AWS4" and the secret; under
 	// GODEBUG=fips140=only, HMAC panics with a key below 112 bits.
@@ -41,6 +42,7 @@ type AWSOptions struct {
 	Endpoint    string                  // URL for every region, in place of AWS_ENDPOINT_URL_KMS
 	Credentials aws.CredentialsProvider // in place of the SDK's chain
 	Deadline    time.Duration           // of one call with its retries; 10 s
+	Pacer       *Pacer                  // asked before every request; nil = none
 }
 
 // clients holds one SDK client per region. Nothing is loaded before the first
@@ -146,35 +148,71 @@ func (s *signingCredentials) Retrieve(ctx context.Context) (aws.Credentials, err
 	return v, nil
 }
 
-// call makes one request until it succeeds, fails for good, or the deadline
-// passes: jittered backoff, credentials refreshed once.
-func (a *AWS) call(ctx context.Context, op, key string, f func(context.Context, *awskms.Client) error) error {
-	ctx, cancel := context.WithTimeout(ctx, a.deadline)
-	defer cancel()
-	var last *Error // of the attempts before this one
+// An awsCall is one call of KMS with all its attempts.
+type awsCall struct {
+	*AWS
+	op, key string
+	started time.Time
+	// left is what the call may still spend: on attempts, and on the pauses
+	// between them. What it waits for its turn costs nothing, nor does an attempt
+	// that was throttled at the pace of a Pacer: both are long when many calls
+	// share a small quota, and neither says that KMS fails. So a paced call ends
+	// in success, by a refusal, after the deadline of silence or failures, with
+	// its context, or when the region has throttled everything for a minute.
+	left    time.Duration
+	backoff time.Duration // the next pause after a failure
+	last    *Error        // of the attempts before this one
+}
+
+type request func(context.Context, *awskms.Client) error
+
+// call makes one request until it succeeds, fails for good, or its time is up:
+// jittered backoff, credentials refreshed once.
+func (a *AWS) call(ctx context.Context, op, key string, f request) error {
+	c := &awsCall{AWS: a, op: op, key: key, started: time.Now(), left: a.deadline, backoff: firstBackoff}
 	refreshed := false
-	for backoff := firstBackoff; ; backoff = min(2*backoff, maxBackoff) {
-		e := a.try(ctx, op, key, f)
+	for {
+		e := c.attempt(ctx, op, key, f)
+		if e != nil && e.Code == codeInvalidState {
+			c.settleState(ctx, e)
+		}
 		switch {
 		case e == nil:
 			return nil
-		case ctx.Err() != nil:
-			return concluded(e, last)
+		case ctx.Err() != nil || c.left <= 0:
+			return concluded(e, c.last)
 		case e.Kind == KindCredentials && e.Code != "" && !refreshed:
 			refreshed = true
 			a.clients.refresh()
-		case !e.Kind.retryable():
+		case !e.Kind.retryable() || c.starved(e):
 			return e
 		}
 		noteAttempt(ctx, e)
-		last = worst(e, last)
-		if !pause(ctx, backoff) {
-			return concluded(contextError(ctx, op, key), last)
+		c.last = worst(e, c.last)
+		if !c.rest(ctx, e) {
+			return concluded(contextError(ctx, op, key), c.last)
 		}
 	}
 }
 
-func (a *AWS) try(ctx context.Context, op, key string, f func(context.Context, *awskms.Client) error) *Error {
+// attempt sends one request, of the call itself or on its behalf, in its turn.
+func (c *awsCall) attempt(ctx context.Context, op, key string, f request) *Error {
+	turn, err := c.pacer.wait(ctx, regionOf(key))
+	if err != nil {
+		return contextError(ctx, op, key)
+	}
+	start := time.Now()
+	bounded, cancel := context.WithTimeout(ctx, c.left)
+	defer cancel()
+	e := c.try(bounded, op, key, f)
+	turn.done(e)
+	if !c.paced(e) {
+		c.left -= time.Since(start)
+	}
+	return e
+}
+
+func (a *AWS) try(ctx context.Context, op, key string, f request) *Error {
 	client, err := a.clients.in(ctx, regionOf(key))
 	if err == nil {
 		a.count(op)
@@ -183,11 +221,27 @@ func (a *AWS) try(ctx context.Context, op, key string, f func(context.Context, *
 	if err == nil {
 		return nil
 	}
-	e := classify(ctx, op, key, err)
-	if e.Code == codeInvalidState {
-		a.settleState(ctx, e)
+	return classify(ctx, op, key, err)
+}
+
+// paced reports whether a failure is the pacer's to deal with.
+func (c *awsCall) paced(e *Error) bool { return c.pacer != nil && throttled(e) }
+
+func (c *awsCall) starved(e *Error) bool {
+	return c.paced(e) && c.pacer.starved(regionOf(c.key), c.started)
+}
+
+// rest pauses between two attempts, and reports whether there is time for
+// another. After a throttled one the pacer decides when the next may be sent;
+// the short pause only lets others go first.
+func (c *awsCall) rest(ctx context.Context, e *Error) bool {
+	if c.paced(e) {
+		return pause(ctx, pacedBackoff, pacedBackoff+1)
 	}
-	return e
+	start, d := time.Now(), c.backoff
+	c.backoff = min(2*d, maxBackoff)
+	defer func() { c.left -= time.Since(start) }()
+	return pause(ctx, d, c.left)
 }
 
 // worst keeps, of two attempts' failures, the one that tells more: an answer
@@ -209,18 +263,12 @@ func concluded(end, last *Error) error {
 }
 
 // pause sleeps between half and all of d, so that many clients don't come back
-// together. It returns false at once if the context would end before.
-func pause(ctx context.Context, d time.Duration) bool {
+// together. It returns false at once if the time left, or the context, would end
+// before.
+func pause(ctx context.Context, d, left time.Duration) bool {
 	d = d/2 + rand.N(d/2)
-	if end, ok := ctx.Deadline(); ok && time.Until(end) <= d {
-		return false
+	if end, ok := ctx.Deadline(); ok {
+		left = min(left, time.Until(end))
 	}
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-t.C:
-		return true
-	}
+	return left > d && nap(ctx, d) == nil
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
+	awskms "github.com/aws/aws-sdk-go-v2/service/kms"
 	"github.com/aws/smithy-go"
 
 	"kmsfs/crypt"
@@ -16,7 +17,7 @@ import (
 
 // codeKinds is DESIGN section 5: what each of AWS's error codes means. What is
 // not listed is judged by its HTTP status. KMSInvalidStateException stands here
-// as its passing form; AWS.settleState finds out.
+// as its passing form; awsCall.settleState finds out.
 var codeKinds = map[string]Kind{
 	"AccessDeniedException":      KindDenied,
 	"AccessDenied":               KindDenied,
@@ -141,26 +142,34 @@ func (e *Error) aim(message string) {
 // settleState decides what KMSInvalidStateException means, which the exception
 // itself does not tell in a fixed form: it asks DescribeKey, and if that is not
 // allowed it goes by KMS's words.
-func (a *AWS) settleState(ctx context.Context, e *Error) {
-	state := ""
-	if d, err := a.describeOnce(ctx, e.Key); err == nil {
-		state = d.State
+func (c *awsCall) settleState(ctx context.Context, e *Error) {
+	var d Description
+	failed := c.attempt(ctx, opDescribe, e.Key, func(ctx context.Context, k *awskms.Client) (err error) {
+		d, err = describe(ctx, k, e.Key)
+		return err
+	})
+	if failed == nil {
+		e.State = d.State
 	} else {
-		for s, words := range map[string]string{
-			statePendingReplicaDeletion: "pending replica deletion",
-			statePendingDeletion:        "pending deletion",
-			statePendingImport:          "pending import",
-		} {
-			if e.Err != nil && strings.Contains(e.Err.Error(), words) {
-				state = s
-			}
-		}
+		e.State = stateInWords(e)
 	}
-	e.State = state
-	switch state {
+	switch e.State {
 	case statePendingDeletion, statePendingReplicaDeletion, statePendingImport, stateDisabled:
 		e.Kind = KindDisabled
 	}
+}
+
+func stateInWords(e *Error) string {
+	for state, words := range map[string]string{
+		statePendingReplicaDeletion: "pending replica deletion",
+		statePendingDeletion:        "pending deletion",
+		statePendingImport:          "pending import",
+	} {
+		if e.Err != nil && strings.Contains(e.Err.Error(), words) {
+			return state
+		}
+	}
+	return ""
 }
 
 // checkARN says whether key may be put into a request: the ARN of a key, not an

@@ -17,5 +17,6 @@
 // Start with keys.go (the interface), ring.go (who may open what) and errors.go
 // (what each failure means). The ring is built of decorators, one file each:
 // flight.go makes concurrent calls for the same header one, cache.go remembers
-// what was opened, pool.go fetches fresh keys ahead, counted.go counts.
+// what was opened, pool.go fetches fresh keys ahead, counted.go counts. pace.go
+// finds how fast a job over a whole volume may call KMS.
 package keys

@@ -25,8 +25,12 @@ func (p *program) local() (*keys.Local, error) {
 }
 
 // provider reaches every key service that the configuration allows.
-func (p *program) provider() (keys.Provider, error) {
-	aws, err := keys.NewAWS(keys.AWSOptions{Deadline: time.Duration(p.cfg.KMS.Deadline)})
+func (p *program) provider() (keys.Provider, error) { return p.pacedProvider(nil) }
+
+// pacedProvider is provider for a job that asks for as much as KMS gives: pacer
+// decides when each request is sent. nil = at once.
+func (p *program) pacedProvider(pacer *keys.Pacer) (keys.Provider, error) {
+	aws, err := keys.NewAWS(keys.AWSOptions{Deadline: time.Duration(p.cfg.KMS.Deadline), Pacer: pacer})
 	if err != nil {
 		return nil, err
 	}
