@@ -15,8 +15,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -73,6 +76,9 @@ type KMS struct {
 	CacheAge   Duration `toml:"cache_age"`   // an opened data key is kept no longer; 0 = the built-in choice
 	CacheKeys  int      `toml:"cache_keys"`  // so many opened data keys are kept; 0 = the built-in choice
 	Pool       int      `toml:"pool"`        // so many fresh data keys are fetched ahead; 0 = the built-in choice
+	// Profiles of the shared AWS configuration, by the account or the partition
+	// whose keys they are for; the account goes first.
+	Profiles map[string]string `toml:"profiles"`
 }
 
 // Rekey are defaults for kmsfs rekey.
@@ -159,13 +165,11 @@ func (c *Config) merge(file string, data []byte) error {
 }
 
 // clone lets a faulty file be dropped whole. Slices are replaced by the decoder,
-// never changed in place.
+// never changed in place; maps are.
 func (c *Config) clone() *Config {
 	n := *c
-	n.Volume = make(map[string]Volume, len(c.Volume))
-	for id, v := range c.Volume {
-		n.Volume[id] = v
-	}
+	n.Volume = maps.Clone(c.Volume)
+	n.KMS.Profiles = maps.Clone(c.KMS.Profiles)
 	return &n
 }
 
@@ -207,6 +211,10 @@ func (c *Config) problems() (list []string) {
 	bad(c.KMS.CreateWait <= 0, "kms.create_wait must be more than 0")
 	bad(c.KMS.CacheKeys < 0, "kms.cache_keys can't be negative")
 	bad(c.KMS.Pool < 0, "kms.pool can't be negative")
+	for _, whose := range slices.Sorted(maps.Keys(c.KMS.Profiles)) {
+		bad(!isAccount(whose) && !partition.MatchString(whose), "kms.profiles.%q is neither a partition (\"aws-cn\") nor a 12-digit account", whose)
+		bad(c.KMS.Profiles[whose] == "", "kms.profiles.%q names no profile of the AWS configuration", whose)
+	}
 	bad(c.Rekey.Jobs < 1 || c.Rekey.Jobs > 1024, "rekey.jobs is 1 to 1024, not %d", c.Rekey.Jobs)
 	bad(c.Rekey.MaxRPS < 0, "rekey.max_rps can't be negative")
 	bad(c.Mount.LogFile != "" && !filepath.IsAbs(c.Mount.LogFile), "mount.log_file must be an absolute path, not %q", c.Mount.LogFile)
@@ -219,6 +227,12 @@ func (c *Config) problems() (list []string) {
 	}
 	return list
 }
+
+func isAccount(s string) bool {
+	return len(s) == 12 && strings.Trim(s, "0123456789") == ""
+}
+
+var partition = regexp.MustCompile(`^aws(-[a-z]+)*$`)
 
 func isVolumeID(s string) bool {
 	return len(s) == 32 && strings.Trim(s, "0123456789abcdef") == ""

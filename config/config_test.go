@@ -34,6 +34,12 @@ func TestExampleIsComplete(t *testing.T) {
 	for _, key := range keysOf(t) {
 		require.Contains(t, string(Example), "\n"+key+" = ", "example.toml does not show %s", key)
 	}
+	// The profiles have no default: those it shows, in comments, are valid.
+	shown := strings.NewReplacer("#   aws-cn", "aws-cn", "#   1111", "1111", "[kms.profiles]\n", "").Replace(string(Example))
+	c, rest := Default(), shown[strings.Index(shown, "aws-cn = "):]
+	require.NoError(t, c.merge("example.toml", []byte("[kms.profiles]\n"+rest)))
+	require.Equal(t, map[string]string{"aws-cn": "china", "111122223333": "archive"}, c.KMS.Profiles)
+	require.Contains(t, string(Example), "\n[kms.profiles]\n")
 }
 
 func keysOf(t *testing.T) (keys []string) {
@@ -48,7 +54,7 @@ func keysOf(t *testing.T) (keys []string) {
 			}
 			key, _, _ := strings.Cut(tag, "\"")
 			switch key {
-			case "init", "mount", "kms", "rekey", "volume":
+			case "init", "mount", "kms", "rekey", "volume", "profiles":
 				continue // sections
 			}
 			keys = append(keys, key)
@@ -85,6 +91,12 @@ func TestFaults(t *testing.T) {
 		"values, first":      {"[init]\nnames = 'x'\nblock_size = 5000\n", "init.names"},
 		"values, second":     {"[init]\nnames = 'x'\nblock_size = 5000\n", "init.block_size"},
 		"jobs":               {"[rekey]\njobs = 0\n", "rekey.jobs"},
+		"profile, word":      {"[kms.profiles]\nchina = 'x'\n", `kms.profiles."china" is neither a partition`},
+		"profile, partition": {"[kms.profiles]\naws_cn = 'x'\n", "12-digit account"},
+		"profile, dash":      {"[kms.profiles]\naws- = 'x'\n", "12-digit account"},
+		"profile, short":     {"[kms.profiles]\n11112222333 = 'x'\n", "12-digit account"},
+		"profile, none":      {"[kms.profiles]\naws-cn = ''\n", "names no profile"},
+		"profile, type":      {"[kms.profiles]\naws-cn = 1\n", "c.toml:2:"},
 		"volume id":          {"[volume.abc]\nkeys = []\n", "is not a volume id"},
 		"key":                {"[volume.\"" + id + "\"]\nkeys = ['alias/x']\n", "neither a KMS key ARN nor local:NAME"},
 		"log file":           {"[mount]\nlog_file = 'x.log'\n", "absolute"},
@@ -96,6 +108,18 @@ func TestFaults(t *testing.T) {
 			require.Equal(t, Default(), c, "a faulty file must change nothing")
 		})
 	}
+}
+
+// A file adds to the profiles of those before it, and replaces what it names.
+func TestProfiles(t *testing.T) {
+	c := Default()
+	require.NoError(t, c.merge("a.toml", []byte("[kms.profiles]\naws = 'a'\naws-us-gov = 'b'\n111122223333 = 'c'\n")))
+	before := *c
+	require.NoError(t, c.merge("b.toml", []byte("[kms.profiles]\naws-us-gov = 'd'\n")))
+	require.Equal(t, map[string]string{"aws": "a", "aws-us-gov": "d", "111122223333": "c"}, c.KMS.Profiles)
+	require.Equal(t, "b", before.KMS.Profiles["aws-us-gov"])
+	require.Error(t, c.merge("c.toml", []byte("[kms.profiles]\naws = 'e'\nx = 'f'\n")))
+	require.Equal(t, map[string]string{"aws": "a", "aws-us-gov": "d", "111122223333": "c"}, c.KMS.Profiles)
 }
 
 func TestExplicitFileMustExist(t *testing.T) {

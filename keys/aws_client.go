@@ -14,6 +14,8 @@ import (
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
 	"github.com/aws/aws-sdk-go-v2/config"
 	awskms "github.com/aws/aws-sdk-go-v2/service/kms"
+
+	"kmsfs/crypt"
 )
 
 const (
@@ -38,89 +40,150 @@ const (
 // AWSOptions say how to reach KMS. The zero value takes everything from the
 // SDK's usual places (environment, shared configuration, instance role).
 type AWSOptions struct {
-	Profile     string                  // of the shared AWS configuration
+	Profile string // of the shared AWS configuration
+	// Profiles names profiles of the shared AWS configuration by whose keys they
+	// are for: a 12-digit account, else a partition ("aws-cn"). One set of
+	// credentials is valid in one partition only. A ReEncrypt is the request of
+	// the profile of its source key.
+	Profiles    map[string]string
 	Endpoint    string                  // URL for every region, in place of AWS_ENDPOINT_URL_KMS
-	Credentials aws.CredentialsProvider // in place of the SDK's chain
+	Credentials aws.CredentialsProvider // in place of the SDK's chain; not for Profiles
 	Deadline    time.Duration           // of one call with its retries; 10 s
 	Pacer       *Pacer                  // asked before every request; nil = none
 }
 
-// clients holds one SDK client per region. Nothing is loaded before the first
-// call: a volume with local keys needs no AWS configuration.
+// clients holds one SDK client per profile and region. Nothing is loaded before
+// the first call: a volume with local keys needs no AWS configuration.
 type clients struct {
 	opts AWSOptions
 	http *awshttp.BuildableClient
 
 	mu       sync.Mutex
-	cfg      *aws.Config               // guarded by mu; nil until it loaded once
-	creds    *signingCredentials       // guarded by mu; set with cfg
-	byRegion map[string]*awskms.Client // guarded by mu
+	profiles map[string]*profile // guarded by mu; by name; those that were loaded
+}
+
+// A profile is what one profile of the shared configuration, or the SDK's default
+// chain, makes of a client.
+type profile struct {
+	cfg      aws.Config
+	creds    *signingCredentials
+	endpoint string                    // in place of the SDK's choice; "" = none
+	byRegion map[string]*awskms.Client // guarded by clients.mu
 }
 
 func newClients(opts AWSOptions) *clients {
-	return &clients{opts: opts, byRegion: map[string]*awskms.Client{}, http: awshttp.NewBuildableClient().
+	return &clients{opts: opts, profiles: map[string]*profile{}, http: awshttp.NewBuildableClient().
 		WithDialerOptions(func(d *net.Dialer) { d.Timeout = dialTimeout }).
 		WithTransportOptions(func(t *http.Transport) {
 			t.MaxIdleConns, t.MaxIdleConnsPerHost = 4*idlePerHost, idlePerHost
 		})}
 }
 
-// in returns the client of a region.
-func (c *clients) in(ctx context.Context, region string) (*awskms.Client, error) {
+// profileOf is the name of the profile that a key is used with; "" is the SDK's
+// own choice.
+func (c *clients) profileOf(key string) string {
+	a, err := crypt.ParseARN(key)
+	if err != nil {
+		return c.opts.Profile
+	}
+	for _, whose := range []string{a.Account, a.Partition} {
+		if name := c.opts.Profiles[whose]; name != "" {
+			return name
+		}
+	}
+	return c.opts.Profile
+}
+
+// of returns the client for a key: of its region, with its profile.
+func (c *clients) of(ctx context.Context, key string) (*awskms.Client, error) {
+	name, region := c.profileOf(key), regionOf(key)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if k := c.byRegion[region]; k != nil {
-		return k, nil
+	p := c.profiles[name]
+	if p == nil {
+		var err error
+		if p, err = c.load(ctx, name, region); err != nil {
+			return nil, err
+		}
+		c.profiles[name] = p
 	}
-	if err := c.loadLocked(ctx, region); err != nil {
-		return nil, err
+	if p.byRegion[region] == nil {
+		p.byRegion[region] = p.client(region)
 	}
-	cfg := c.cfg.Copy()
+	return p.byRegion[region], nil
+}
+
+func (p *profile) client(region string) *awskms.Client {
+	cfg := p.cfg.Copy()
 	cfg.Region = region
-	k := awskms.NewFromConfig(cfg, func(o *awskms.Options) {
+	return awskms.NewFromConfig(cfg, func(o *awskms.Options) {
 		// Retries are ours (AWS.call): the SDK's have a token bucket that runs
 		// dry after some fifty throttled calls and then fails everything, and
 		// change with AWS_NEW_RETRIES_2026 in the environment.
 		o.Retryer, o.RetryMaxAttempts = aws.NopRetryer{}, 0
-		if c.opts.Endpoint != "" {
-			o.BaseEndpoint = aws.String(c.opts.Endpoint)
+		if p.endpoint != "" {
+			o.BaseEndpoint = aws.String(p.endpoint)
 		}
 	})
-	c.byRegion[region] = k
-	return k, nil
 }
 
-func (c *clients) loadLocked(ctx context.Context, region string) error {
-	if c.cfg != nil {
-		return nil
-	}
+// load reads the configuration of a profile. region is for what the profile does
+// not say, such as where to assume a role.
+func (c *clients) load(ctx context.Context, name, region string) (*profile, error) {
 	load := []func(*config.LoadOptions) error{config.WithHTTPClient(c.http), config.WithDefaultRegion(region)}
-	if c.opts.Profile != "" {
-		load = append(load, config.WithSharedConfigProfile(c.opts.Profile))
+	if name != "" {
+		load = append(load, config.WithSharedConfigProfile(name))
 	}
-	if c.opts.Credentials != nil {
+	own := name == c.opts.Profile
+	if own && c.opts.Credentials != nil {
 		load = append(load, config.WithCredentialsProvider(c.opts.Credentials))
 	}
 	cfg, err := config.LoadDefaultConfig(ctx, load...)
 	if err != nil {
-		return &credentialsError{fmt.Errorf("loading the AWS configuration: %w", err)}
+		return nil, &credentialsError{fmt.Errorf("loading the AWS configuration: %w", err)}
 	}
 	cache, ok := cfg.Credentials.(*aws.CredentialsCache)
 	if !ok {
 		cache = aws.NewCredentialsCache(cfg.Credentials)
 	}
-	c.creds = &signingCredentials{cache}
-	cfg.Credentials = c.creds
-	c.cfg = &cfg
-	return nil
+	p := &profile{cfg: cfg, creds: &signingCredentials{cache}, endpoint: c.opts.Endpoint, byRegion: map[string]*awskms.Client{}}
+	p.cfg.Credentials = p.creds
+	if e := endpointIn(ctx, cfg.ConfigSources); !own && e != "" {
+		p.endpoint = e
+	}
+	return p, nil
 }
 
-// refresh drops the credentials in memory, so that the next call fetches new ones.
-func (c *clients) refresh() {
+// endpointIn is the KMS endpoint that a profile of the shared configuration
+// names. The SDK would let the environment's go first, which was set for the
+// default credentials and is wrong for a partition with a profile of its own.
+func endpointIn(ctx context.Context, sources []any) (endpoint string) {
+	for _, s := range sources {
+		if i, ok := s.(interface {
+			GetIgnoreConfiguredEndpoints(context.Context) (bool, bool, error)
+		}); ok {
+			if ignore, _, err := i.GetIgnoreConfiguredEndpoints(ctx); err == nil && ignore {
+				return ""
+			}
+		}
+		if shared, ok := s.(config.SharedConfig); ok {
+			endpoint = shared.BaseEndpoint
+			if e, found, err := shared.GetServiceBaseEndpoint(ctx, awskms.ServiceID); err == nil && found {
+				endpoint = e
+			}
+		}
+	}
+	return endpoint
+}
+
+// refresh drops the credentials in memory that a key is used with, so that the
+// next call fetches new ones.
+func (c *clients) refresh(key string) {
+	name := c.profileOf(key)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.creds != nil {
-		c.creds.cache.Invalidate()
+	if p := c.profiles[name]; p != nil {
+		p.creds.cache.Invalidate()
 	}
 }
 
@@ -183,7 +246,7 @@ func (a *AWS) call(ctx context.Context, op, key string, f request) error {
 			return concluded(e, c.last)
 		case e.Kind == KindCredentials && e.Code != "" && !refreshed:
 			refreshed = true
-			a.clients.refresh()
+			a.clients.refresh(key)
 		case !e.Kind.retryable() || c.starved(e):
 			return e
 		}
@@ -213,7 +276,7 @@ func (c *awsCall) attempt(ctx context.Context, op, key string, f request) *Error
 }
 
 func (a *AWS) try(ctx context.Context, op, key string, f request) *Error {
-	client, err := a.clients.in(ctx, regionOf(key))
+	client, err := a.clients.of(ctx, key)
 	if err == nil {
 		a.count(op)
 		err = f(ctx, client)

@@ -300,7 +300,7 @@ func TestCredentials(t *testing.T) {
 	})
 	t.Run("a wrong secret", func(t *testing.T) {
 		p := srv.AddPrincipal("typo", kmstest.Rule{})
-		p.SecretKey = "x" + p.SecretKey[1:]
+		p.SecretKey = "another-secret-of-some-length"
 		a := newTestAWS(t, srv)
 		a.clients.opts.Credentials = p.Credentials()
 		_, _, err := a.GenerateDataKey(context.Background(), key, nil)

@@ -185,7 +185,7 @@ func TestRefresh(t *testing.T) {
 	srv := kmstest.New(t, nil)
 	single, mrk := srv.CreateKey("us-east-1"), srv.Create(kmstest.KeySpec{MultiRegion: true})
 	a := newTestAWS(t, srv)
-	c, err := a.clients.in(context.Background(), "us-east-1")
+	c, err := a.clients.of(context.Background(), single)
 	require.NoError(t, err)
 	for _, key := range []string{single, mrk} {
 		h := newHeader(t, a, key)

@@ -30,7 +30,8 @@ func (p *program) provider() (keys.Provider, error) { return p.pacedProvider(nil
 // pacedProvider is provider for a job that asks for as much as KMS gives: pacer
 // decides when each request is sent. nil = at once.
 func (p *program) pacedProvider(pacer *keys.Pacer) (keys.Provider, error) {
-	aws, err := keys.NewAWS(keys.AWSOptions{Deadline: time.Duration(p.cfg.KMS.Deadline), Pacer: pacer})
+	aws, err := keys.NewAWS(keys.AWSOptions{
+		Profiles: p.cfg.KMS.Profiles, Deadline: time.Duration(p.cfg.KMS.Deadline), Pacer: pacer})
 	if err != nil {
 		return nil, err
 	}
