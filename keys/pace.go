@@ -47,7 +47,9 @@ const (
 
 // A Pacer decides when requests may be sent to KMS: in each region as fast as
 // KMS accepts them, and never faster in all than a ceiling. Callers get their
-// turn in the order in which they asked. It is safe for concurrent use.
+// turn in the order in which they asked. Accounts have quotas of their own; calls
+// with several profiles in one region share a pace all the same, that of the
+// slowest. It is safe for concurrent use.
 type Pacer struct {
 	maxRPS  float64 // 0 = no ceiling
 	ceiling *bucket // nil if there is none

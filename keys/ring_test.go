@@ -146,32 +146,6 @@ func TestReplicas(t *testing.T) {
 	require.NoError(t, open(t, both, h), "a replica opens it while the first region is out")
 }
 
-// TestDeadRegionFailsOver: with its own deadline shared between copies, and
-// remembered, a region that does not answer costs little.
-func TestDeadRegionFailsOver(t *testing.T) {
-	inFakeTime(t, func(t *testing.T) {
-		f := newFake()
-		one, two := newHeader(t, f, arnA, arnB), newHeader(t, f, arnA, arnB)
-		f.before = func(ctx context.Context, op, key string) error {
-			if key == arnA {
-				<-ctx.Done()
-				return contextError(ctx, op, key)
-			}
-			return nil
-		}
-		r := NewRing(RingOptions{Volume: testVolume, Trusted: []string{arnA, arnB}, Provider: f})
-		defer r.Close()
-		start := time.Now()
-		require.NoError(t, open(t, r, one))
-		require.Equal(t, 6*time.Second, time.Since(start))
-		start = time.Now()
-		require.NoError(t, open(t, r, two))
-		require.Equal(t, outageChance, time.Since(start))
-		f.before = failing(map[string]Kind{arnA: KindDisabled})
-		require.ErrorIs(t, open(t, r, newHeader(t, newFakeOver(f), arnA, arnB)), crypt.ErrKeyDisabled, "it still governs")
-	})
-}
-
 // newFakeOver shares the blobs of f without its failures.
 func newFakeOver(f *fake) *fake { return &fake{blobs: f.blobs} }
 

@@ -34,8 +34,12 @@ type maker interface {
 	make(ctx context.Context, use crypt.Use) (*crypt.Fresh, error)
 }
 
-// outageMemory is how long a key whose service did not answer gets only a short
-// first chance, so that a dead region does not cost every open half the deadline.
+// outageMemory is how long a key whose service did not answer is tried after all
+// others, so that a dead region does not cost every open its patience. It is also
+// how long an outage can hide a denial: until it ends, a key that was disabled
+// while its region could not be reached does not close what another copy opens.
+// So it stays short. outageChance is how long the one open that then finds out
+// waits for an answer.
 const (
 	outageMemory = 30 * time.Second
 	outageChance = time.Second
@@ -50,7 +54,7 @@ type wrapper struct {
 
 	mu      sync.Mutex
 	trusted []string             // guarded by mu; never changed in place; the order is the client's preference
-	outages map[string]time.Time // guarded by mu; by key: when its memory ends
+	outages map[string]time.Time // guarded by mu; by key: until when it is tried last
 }
 
 func newWrapper(p Provider, volume crypt.VolumeID, blockLog2 uint8, trusted []string) *wrapper {
@@ -115,45 +119,76 @@ var errUntrusted = errors.New("this client does not trust the key for this volum
 
 // open implements opener. The copy whose key stands first in the client's order
 // governs: if that key refuses, the header stays closed, whatever other copies
-// there are. Only its outage, or a blob that fails, tries the next.
+// there are. Only its outage, or a blob that fails, tries the next. While an
+// outage of it is remembered its turn comes last, but what it says then is final.
 func (w *wrapper) open(ctx context.Context, h *crypt.Header) (opened, error) {
 	list, err := w.check(h)
 	if err != nil {
 		return opened{}, err
 	}
-	var verdict error
-	for i, c := range list {
-		s, err := w.openCopy(ctx, h, c, len(list)-i)
+	said := make([]error, len(list))
+	for tried, i := range w.turns(list) {
+		c := list[i]
+		s, err := w.openCopy(ctx, h, c, len(list)-tried)
 		if err == nil {
 			return opened{s, c.key}, nil
 		}
+		said[i] = err
 		kind := kindOf(err)
 		if ctx.Err() != nil || kind == KindInterrupted {
-			return opened{}, firstOr(verdict, err)
+			break
 		}
 		badBlob := kind == KindBadBlob || kind == KindIncorrectKey
 		if c.key == list[0].key && !kind.Outage() && !badBlob {
 			return opened{}, err
 		}
-		verdict = weightier(verdict, err)
 	}
-	return opened{}, verdict
+	return opened{}, verdict(said)
 }
 
-func firstOr(a, b error) error {
-	if a != nil {
-		return a
+// turns is the order in which copies are tried, as indices into list: the
+// client's, but keys whose outage is remembered go last. When that memory has
+// ended, this open tries the key in its own place again, with the short chance of
+// budget; the others go on as before until it knows, or is given up for lost.
+func (w *wrapper) turns(list []candidate) []int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	now := time.Now()
+	out := map[string]bool{}
+	for _, c := range list {
+		until, remembered := w.outages[c.key]
+		if _, seen := out[c.key]; seen || !remembered || list[0].key == list[len(list)-1].key {
+			continue // known already, or no other key to put first
+		}
+		out[c.key] = now.Before(until)
+		if !out[c.key] {
+			w.outages[c.key] = now.Add(2 * outageChance)
+		}
 	}
-	return b
+	var first, last []int
+	for i, c := range list {
+		if out[c.key] {
+			last = append(last, i)
+		} else {
+			first = append(first, i)
+		}
+	}
+	return append(first, last...)
 }
 
-// weightier keeps the governing copy's failure, unless that was a bad blob and
-// another copy may open once an outage is over: EBADMSG would be premature.
-func weightier(verdict, err error) error {
-	if verdict == nil || errors.Is(verdict, crypt.ErrDamaged) && kindOf(err).Outage() {
-		return err
+// verdict is which of the copies' failures is reported, in the client's order
+// whatever order they were tried in: the governing copy's, unless that was a bad
+// blob and another copy may open once an outage is over, when EBADMSG would be
+// premature.
+func verdict(said []error) (v error) {
+	for _, err := range said {
+		switch {
+		case err == nil: // was not tried
+		case v == nil, errors.Is(v, crypt.ErrDamaged) && kindOf(err).Outage():
+			v = err
+		}
 	}
-	return verdict
+	return v
 }
 
 // openCopy unwraps one copy and proves it against the commitment.
@@ -185,7 +220,7 @@ func (w *wrapper) budget(ctx context.Context, key string, left int) time.Duratio
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if time.Now().Before(w.outages[key]) {
+	if _, out := w.outages[key]; out {
 		return min(outageChance, remaining/2)
 	}
 	return remaining * 6 / 10
@@ -195,12 +230,12 @@ func (w *wrapper) budget(ctx context.Context, key string, left int) time.Duratio
 func (w *wrapper) remember(key string, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	delete(w.outages, key)
-	if err == nil {
-		return
-	}
-	if k := kindOf(err); k == KindUnavailable || k == KindTimeout {
+	switch kindOf(err) {
+	case KindUnavailable, KindTimeout:
 		w.outages[key] = time.Now().Add(outageMemory)
+	case KindInterrupted: // says nothing
+	default: // success, or a refusal: it is there
+		delete(w.outages, key)
 	}
 }
 
