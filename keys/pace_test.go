@@ -196,6 +196,31 @@ func TestPacerFollowsTheQuota(t *testing.T) {
 	})
 }
 
+// TestRegionsArePacedApart: a small quota in one region does not slow another.
+func TestRegionsArePacedApart(t *testing.T) {
+	inPacedTime(t, func(t *testing.T) {
+		small, large := newQuota(50), newQuota(2000)
+		p := NewPacer(0)
+		a := newPacedAWS(t, p)
+		var wg sync.WaitGroup
+		end := time.Now().Add(15 * time.Second)
+		for i := range 64 {
+			key, q := arnA, small
+			if i%2 == 0 {
+				key, q = arnB, large
+			}
+			wg.Go(func() {
+				for time.Now().Before(end) {
+					assert.NoError(t, a.call(context.Background(), opReEncrypt, key, q.answer))
+				}
+			})
+		}
+		wg.Wait()
+		require.InDelta(t, 50, p.Stats().Regions["us-east-1"].Rate, 15)
+		require.InDelta(t, 2000, p.Stats().Regions["eu-west-1"].Rate, 300)
+	})
+}
+
 // TestPacerStartsWhereNothingIsLeft: a quota that others have used up when a run
 // begins, and that comes back later.
 func TestPacerStartsWhereNothingIsLeft(t *testing.T) {

@@ -54,28 +54,44 @@ func (s *Server) Inject(f Fault) (lift func()) {
 // SetLatency delays every call. It replaces nothing: faults add up.
 func (s *Server) SetLatency(d time.Duration) (lift func()) { return s.Inject(Fault{Delay: d}) }
 
-// Throttle limits each region to rps calls a second; 0 lifts it.
+// Throttle limits each region to rps calls a second, with a second's worth saved
+// up at most; 0 lifts it. It replaces what ThrottleRegion set.
 func (s *Server) Throttle(rps float64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.rps = rps
+	clear(s.regionRPS)
 	clear(s.limits)
+}
+
+// ThrottleRegion gives one region a limit of its own, as AWS's quotas differ
+// from region to region; 0 is none.
+func (s *Server) ThrottleRegion(region string, rps float64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.regionRPS[region] = rps
+	delete(s.limits, region)
 }
 
 // admit takes one call from the region's quota.
 func (s *Server) admit(region string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.rps == 0 {
+	rps, own := s.regionRPS[region]
+	if !own {
+		rps = s.rps
+	}
+	if rps == 0 {
 		return true
 	}
 	if s.limits[region] == nil {
-		s.limits[region] = rate.NewLimiter(rate.Limit(s.rps), max(int(s.rps), 1))
+		s.limits[region] = rate.NewLimiter(rate.Limit(rps), max(int(rps), 1))
 	}
 	return s.limits[region].Allow()
 }
 
-// SetDown makes a region's endpoint reset every connection.
+// SetDown makes a region's endpoint reset every connection, also of calls that are
+// waiting for their answer.
 func (s *Server) SetDown(region string, down bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -84,16 +100,12 @@ func (s *Server) SetDown(region string, down bool) {
 
 // suffer lets faults strike. It reports whether the call goes on.
 func (s *Server) suffer(w http.ResponseWriter, r *http.Request, q *request) bool {
-	hits, down := s.hitsOf(q)
-	if down {
-		q.call.Error = "reset"
-		reset(w)
+	if s.isDown(w, q) {
 		return false
 	}
-	for _, f := range hits {
+	for _, f := range s.hitsOf(q) {
 		if f.Delay > 0 && !s.wait(r, f.Delay) {
-			q.call.Error = "gone"
-			reset(w) // an empty answer would read as success
+			q.cut(w, "gone") // an empty answer would read as success
 			return false
 		}
 		if f.Late && (f.Code != "" || f.Status != 0 || f.Reset || f.Hang) {
@@ -103,11 +115,22 @@ func (s *Server) suffer(w http.ResponseWriter, r *http.Request, q *request) bool
 			return false
 		}
 	}
-	return true
+	return !s.isDown(w, q)
+}
+
+// isDown resets the connection if the call's region is down.
+func (s *Server) isDown(w http.ResponseWriter, q *request) bool {
+	s.mu.Lock()
+	down := s.down[q.region]
+	s.mu.Unlock()
+	if down {
+		q.cut(w, "reset")
+	}
+	return down
 }
 
 // hitsOf takes the faults that hit a call.
-func (s *Server) hitsOf(q *request) (hits []Fault, down bool) {
+func (s *Server) hitsOf(q *request) (hits []Fault) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, f := range s.faults {
@@ -119,7 +142,7 @@ func (s *Server) hitsOf(q *request) (hits []Fault, down bool) {
 		}
 		hits = append(hits, f.Fault)
 	}
-	return hits, s.down[q.region]
+	return hits
 }
 
 func (f *Fault) matches(q *request) bool {
@@ -132,12 +155,10 @@ func (f *Fault) matches(q *request) bool {
 func (s *Server) strike(w http.ResponseWriter, r *http.Request, q *request, f Fault) bool {
 	switch {
 	case f.Hang:
-		q.call.Error = "hang"
 		s.wait(r, 0)
-		reset(w) // an empty answer would read as success
+		q.cut(w, "hang") // an empty answer would read as success
 	case f.Reset:
-		q.call.Error = "reset"
-		reset(w)
+		q.cut(w, "reset")
 	case f.Status != 0:
 		q.call.Error = http.StatusText(f.Status)
 		w.WriteHeader(f.Status)
@@ -167,6 +188,14 @@ func (s *Server) wait(r *http.Request, d time.Duration) bool {
 	case <-s.quit:
 	}
 	return false
+}
+
+// cut ends a call without an answer. It is logged first: the caller learns of the
+// reset at once, and may look at the log.
+func (q *request) cut(w http.ResponseWriter, why string) {
+	q.call.Error, q.call.Took = why, time.Since(q.call.Time)
+	q.end()
+	reset(w)
 }
 
 // reset closes the connection so that the peer gets ECONNRESET, not EOF.

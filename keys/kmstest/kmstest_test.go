@@ -385,6 +385,50 @@ func TestThrottle(t *testing.T) {
 	require.NoError(t, err)
 }
 
+// TestThrottleRegion: one region's quota is not another's.
+func TestThrottleRegion(t *testing.T) {
+	s := New(t, nil)
+	refused := func(region string) (n int) {
+		c := client(s, region, s.Admin())
+		for range 20 {
+			if _, err := c.ListKeys(ctx, &awskms.ListKeysInput{}); err != nil {
+				require.ErrorContains(t, err, "ThrottlingException")
+				n++
+			}
+		}
+		return n
+	}
+	s.ThrottleRegion("us-east-1", 2)
+	require.Greater(t, refused("us-east-1"), 10)
+	require.Zero(t, refused("us-west-2"))
+	s.Throttle(3)
+	s.ThrottleRegion("us-east-1", 0)
+	require.Zero(t, refused("us-east-1"))
+	require.Greater(t, refused("us-west-2"), 10)
+	s.Throttle(0)
+	require.Zero(t, refused("us-west-2"))
+}
+
+// TestDownInMidCall: a region that goes down takes the calls with it that were
+// waiting for their answer; the other regions go on, and so does it afterwards.
+func TestDownInMidCall(t *testing.T) {
+	s := New(t, nil)
+	key, other := s.CreateKey("us-east-1"), s.CreateKey("us-west-2")
+	disable := func(region, key string) error {
+		_, err := client(s, region, s.Admin()).DisableKey(ctx, &awskms.DisableKeyInput{KeyId: &key})
+		return err
+	}
+	lift := s.Inject(Fault{Region: "us-east-1", Delay: 100 * time.Millisecond})
+	time.AfterFunc(20*time.Millisecond, func() { s.SetDown("us-east-1", true) })
+	require.ErrorContains(t, disable("us-east-1", key), "connection reset")
+	require.Equal(t, Enabled, s.State(key))
+	require.NoError(t, disable("us-west-2", other))
+	lift()
+	s.SetDown("us-east-1", false)
+	require.NoError(t, disable("us-east-1", key))
+	require.Equal(t, "reset", s.Calls()[0].Error)
+}
+
 // TestCloseEndsHangingCalls: a test that ends does not wait for its faults.
 func TestCloseEndsHangingCalls(t *testing.T) {
 	s := New(t, nil)

@@ -48,9 +48,10 @@ type Server struct {
 	principals map[string]*Principal // guarded by mu; by access key
 	faults     []*activeFault        // guarded by mu
 	limits     map[string]*rate.Limiter
-	rps        float64         // guarded by mu; per region; 0 = no limit
-	down       map[string]bool // guarded by mu; by region
-	skew       time.Duration   // guarded by mu; how far our clock is ahead
+	rps        float64            // guarded by mu; per region; 0 = no limit
+	regionRPS  map[string]float64 // guarded by mu; of regions with a limit of their own
+	down       map[string]bool    // guarded by mu; by region
+	skew       time.Duration      // guarded by mu; how far our clock is ahead
 
 	log callLog
 }
@@ -87,7 +88,7 @@ func Start(opts Options) (*Server, error) {
 	s := &Server{opts: opts, listener: l, quit: make(chan struct{}),
 		keys: map[string]map[string]*key{}, aliases: map[string]string{},
 		materials: map[[materialIDSize]byte]*material{}, principals: map[string]*Principal{},
-		limits: map[string]*rate.Limiter{}, down: map[string]bool{}}
+		limits: map[string]*rate.Limiter{}, regionRPS: map[string]float64{}, down: map[string]bool{}}
 	s.admin = s.AddPrincipal("admin", Rule{})
 	s.http = &http.Server{Handler: s, ReadHeaderTimeout: 10 * time.Second,
 		ErrorLog: log.New(io.Discard, "", 0)} // aborted connections are on purpose
@@ -169,6 +170,15 @@ type request struct {
 	principal *Principal
 	body      []byte
 	call      *Call
+	ended     bool
+}
+
+// end logs the call, once.
+func (q *request) end() {
+	if !q.ended {
+		q.ended = true
+		q.log.add(q.call)
+	}
 }
 
 // ServeHTTP implements http.Handler.
@@ -180,8 +190,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	op, _ := strings.CutPrefix(r.Header.Get("X-Amz-Target"), "TrentService.")
 	scope := parseAuthorization(r.Header.Get("Authorization"))
 	call := &Call{Time: time.Now(), Op: op, Region: scope.region, AccessKey: scope.accessKey}
-	defer s.log.add(call)
 	q := &request{Server: s, op: op, region: scope.region, body: body, call: call}
+	defer q.end()
 
 	if !s.suffer(w, r, q) {
 		return
