@@ -26,6 +26,8 @@
 //   - handle: one open(2).
 //   - orphan: the descriptor of a node whose last name went. It is known to other
 //     requests only after the removal, and open until the last of them is done.
+//   - Watch: what was renamed and linked, for a sweep over the backing tree that
+//     goes on meanwhile and would miss it (watch.go).
 //
 // # Locks, in this order; none is held while Keys is asked
 //
@@ -36,8 +38,11 @@
 //  3. the locks inside crypt.File.
 //  4. file.modeMu: mode bits, while a header is set on a file that forbids
 //     writing (DESIGN 4.7).
-//  5. fileTable.mu, dirCache.mu, orphanage.mu, limiter.mu: leaves, no call is
-//     made under them but close(2).
+//  5. moves.mu: shared while an entry is renamed or linked and that is noted, with
+//     none of the above held; exclusively, for a moment, by Watch and Moved. The
+//     volume's own locks, and Watch.mu of each watcher, are taken under it.
+//  6. fileTable.mu, dirCache.mu, orphanage.mu, limiter.mu, Watch.mu: leaves, no call
+//     is made under them but close(2).
 //
 // The kernel holds locks of its own around requests: a directory's while it
 // creates, renames and unlinks in it, an inode's while it truncates or seeks. So

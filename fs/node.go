@@ -33,6 +33,7 @@ type fileSystem struct {
 	keyAge atomic.Uint64 // how often Reprime was called
 
 	orphans orphanage
+	moves   moves
 }
 
 // A fileID names a backing inode for as long as anybody may remember it: numbers

@@ -102,13 +102,16 @@ func (n *node) linkTo(fd int, d *volume.Dir, name string) error {
 	if err := unix.Fstat(fd, &st); err != nil {
 		return err
 	}
+	link := func() error {
+		return n.fs.moves.moving(func() error { return d.Link(fd, name) }, spot{d, name})
+	}
 	if st.Nlink > 0 {
-		return d.Link(fd, name)
+		return link()
 	}
 	if err := n.checkKey(fd); err != nil {
 		return err
 	}
-	if err := d.Link(fd, name); err != nil {
+	if err := link(); err != nil {
 		return err
 	}
 	if err := n.checkKey(fd); err != nil {
@@ -191,7 +194,11 @@ func (n *node) Rename(_ context.Context, name string, newParent fusefs.InodeEmbe
 			if flags&(unix.RENAME_EXCHANGE|unix.RENAME_NOREPLACE) == 0 {
 				kept = to.keepOrphan(toDir, newName)
 			}
-			err := d.Rename(name, toDir, newName, uint(flags))
+			spots := []spot{{toDir, newName}}
+			if flags&unix.RENAME_EXCHANGE != 0 {
+				spots = append(spots, spot{d, name})
+			}
+			err := n.fs.moves.moving(func() error { return d.Rename(name, toDir, newName, uint(flags)) }, spots...)
 			kept(err == nil)
 			return err
 		})

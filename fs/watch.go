@@ -1,0 +1,132 @@
+package fs
+
+import (
+	"maps"
+	"slices"
+	"sync"
+	"syscall"
+
+	"kmsfs/volume"
+)
+
+// A sweep over the backing tree (a rekey's) meets every file but those that are
+// renamed, or linked and then unlinked, from a place it has yet to visit to one it
+// has behind it; and it gets no error. So the mount tells what it moves. Why that
+// is enough: a thing that was moved stands where it was noted, unless it or a
+// directory above it was moved again, and that is noted too. So whoever looks again
+// at each noted place (at all below it, if it is a directory), asks for what was
+// noted meanwhile, and goes on until nothing is, has met everything. That a noted
+// place is empty by then, or taken by something else, costs only the look.
+//
+// moves is what the mount does in that way, and who wants to know.
+type moves struct {
+	// mu is held shared from before a thing moves until that is noted, and
+	// exclusively, for a moment, by who begins to watch or asks: what anybody can
+	// see to have moved by then has been noted. It is taken also while nobody
+	// watches: a move that began before a Watch and ends after it must not be
+	// missing. That costs two atomic additions beside the system call.
+	mu       sync.RWMutex
+	watchers map[*Watch]struct{} // guarded by mu
+}
+
+// A Watch notes what the mount moves, from Server.Watch to Close.
+type Watch struct {
+	moves *moves
+
+	mu    sync.Mutex          // among those who hold moves.mu shared
+	paths map[string]struct{} // guarded by mu, or moves.mu held exclusively; as are those below
+	bytes int
+	lost  bool
+}
+
+// Bounds on what a Watch keeps until it is asked.
+const (
+	maxMoved      = 1 << 16
+	maxMovedBytes = 8 << 20
+)
+
+// Watch begins to note every rename and every new hard link that the server
+// carries out.
+func (s *Server) Watch() *Watch {
+	m := &s.fs.moves
+	w := &Watch{moves: m}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.watchers == nil {
+		m.watchers = make(map[*Watch]struct{})
+	}
+	m.watchers[w] = struct{}{}
+	return w
+}
+
+// Moved returns, once, what was moved since Watch or the last call: where each
+// thing stood right after its move, as the path of stored names below the backing
+// root. Lost says that something is missing from that, so that only a sweep of
+// everything meets all. Whatever had moved when Moved was called is in its answer
+// or in an earlier one.
+func (w *Watch) Moved() (paths []string, lost bool) {
+	w.moves.mu.Lock()
+	noted := w.paths
+	lost = w.lost
+	w.paths, w.bytes, w.lost = nil, 0, false
+	w.moves.mu.Unlock()
+	return slices.Sorted(maps.Keys(noted)), lost
+}
+
+// Close ends the watch.
+func (w *Watch) Close() {
+	w.moves.mu.Lock()
+	defer w.moves.mu.Unlock()
+	delete(w.moves.watchers, w)
+}
+
+// A spot is an entry of a directory.
+type spot struct {
+	dir  *volume.Dir
+	name string
+}
+
+// moving calls op, which makes things stand at the spots where they did not stand
+// before, and notes it.
+func (m *moves) moving(op func() error, to ...spot) error {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if err := op(); err != nil {
+		return err
+	}
+	if len(m.watchers) > 0 {
+		for _, s := range to {
+			m.noteLocked(s)
+		}
+	}
+	return nil
+}
+
+// noteLocked tells every watcher of a spot; mu is held shared.
+func (m *moves) noteLocked(s spot) {
+	path, err := s.dir.StoredPath(s.name)
+	if err == syscall.ENOENT {
+		return // it has gone on already
+	}
+	for w := range m.watchers {
+		w.note(path, err == nil)
+	}
+}
+
+// note adds a path; known is false if there is something that has none.
+func (w *Watch) note(path string, known bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if _, again := w.paths[path]; again {
+		return
+	}
+	if !known || len(w.paths) >= maxMoved || w.bytes+len(path) > maxMovedBytes {
+		w.lost = true
+		return
+	}
+	if w.paths == nil {
+		w.paths = make(map[string]struct{})
+	}
+	w.paths[path] = struct{}{}
+	w.bytes += len(path)
+}
