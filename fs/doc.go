@@ -9,8 +9,10 @@
 // contents is first opened (Open) and when an empty file is opened for writing,
 // created or emptied while a writer has it open (Fresh): before anything is cut
 // or created, so that a refusal is that call's errno. Everything else is local. A
-// key that a rekey overtakes on its way to a file is not used (reprime.go), and a
-// file that a rekey could not meet, having no name, gets none (KeyChecker).
+// key that a rekey overtakes on its way to a file is not used (reprime.go). A file
+// that a rekey can't meet, having no name, has its header renewed when a new list of
+// keys is adopted (renew.go), or at the latest when it is to get a name, which it
+// does not get otherwise.
 //
 // # Objects
 //

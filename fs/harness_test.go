@@ -19,7 +19,10 @@ import (
 	"kmsfs/volume"
 )
 
-const testKey = "local:test"
+const (
+	testKey = "local:test"
+	nextKey = "local:next" // after a rekey
+)
 
 // fakeKeys wraps data keys by storing them: tests attack fs, not it.
 type fakeKeys struct {
@@ -33,6 +36,8 @@ type fakeKeys struct {
 	onOpen                 func(*crypt.Header) error // guarded by mu
 	onFresh                func()                    // guarded by mu; before a fresh key is handed out
 	check                  func(*crypt.Header) error // guarded by mu; what Check answers
+	// renew is what Renew answers; nil: every header will do. Guarded by mu.
+	renew func(context.Context, *crypt.Header, *crypt.Secrets) (*crypt.Header, error)
 }
 
 func (k *fakeKeys) enter(ctx context.Context, count *int) error {
@@ -63,6 +68,9 @@ func (k *fakeKeys) Open(ctx context.Context, h *crypt.Header) (*crypt.Secrets, e
 		}
 	}
 	c := h.Find(testKey)
+	if c == nil {
+		c = h.Find(nextKey)
+	}
 	if c == nil || len(c.Blob) != crypt.KeySize {
 		return nil, crypt.ErrKeyRejected
 	}
@@ -95,6 +103,16 @@ func (k *fakeKeys) Check(h *crypt.Header) error {
 		return nil
 	}
 	return check(h)
+}
+
+func (k *fakeKeys) Renew(ctx context.Context, h *crypt.Header, s *crypt.Secrets) (*crypt.Header, error) {
+	k.mu.Lock()
+	renew := k.renew
+	k.mu.Unlock()
+	if renew == nil {
+		return nil, nil
+	}
+	return renew(ctx, h, s)
 }
 
 // hooks changes the hooks under the lock.
@@ -206,7 +224,10 @@ func (w *world) mount() {
 	require.NoError(w.t, v.Unlock(secrets))
 	w.vol = v
 	o := w.opts
-	o.Volume, o.Keys, o.Mountpoint = v, w.keys, w.mnt
+	o.Volume, o.Mountpoint = v, w.mnt
+	if o.Keys == nil {
+		o.Keys = w.keys
+	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.NewTextHandler(testWriter{w.t}, &slog.HandlerOptions{Level: slog.LevelInfo}))
 	}

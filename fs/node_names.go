@@ -75,12 +75,16 @@ func (n *node) Symlink(ctx context.Context, target, name string, out *fuse.Entry
 
 var _ = (fusefs.NodeLinker)((*node)(nil))
 
-// Link gives an inode another name, one made by O_TMPFILE its first.
+// Link gives an inode another name, one made by O_TMPFILE its first. That may need
+// Keys, and the kernel holds the directory and the inode meanwhile, so the wait is
+// as short as a create's.
 func (n *node) Link(ctx context.Context, target fusefs.InodeEmbedder, name string, out *fuse.EntryOut) (*fusefs.Inode, syscall.Errno) {
 	t := target.(*node)
+	wait, cancel := within(ctx, n.fs.opts.CreateWait)
+	defer cancel()
 	var st unix.Statx_t
 	err := t.with(func(fd int) error {
-		if err := n.inDir(func(d *volume.Dir) error { return t.linkTo(fd, d, name) }); err != nil {
+		if err := n.inDir(func(d *volume.Dir) error { return t.linkTo(wait, fd, d, name) }); err != nil {
 			return err
 		}
 		return n.fs.statFd(fd, &st)
@@ -97,7 +101,7 @@ func (n *node) Link(ctx context.Context, target fusefs.InodeEmbedder, name strin
 
 // linkTo gives what fd refers to a name. What had none is looked at again when it
 // has: a rekey may have begun in between, and have passed by here already.
-func (n *node) linkTo(fd int, d *volume.Dir, name string) error {
+func (n *node) linkTo(ctx context.Context, fd int, d *volume.Dir, name string) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return err
@@ -108,17 +112,35 @@ func (n *node) linkTo(fd int, d *volume.Dir, name string) error {
 	if st.Nlink > 0 {
 		return link()
 	}
-	if err := n.checkKey(fd); err != nil {
+	if err := n.readyForName(ctx, fd); err != nil {
 		return err
 	}
 	if err := link(); err != nil {
 		return err
 	}
-	if err := n.checkKey(fd); err != nil {
+	if err := n.readyForName(ctx, fd); err != nil {
 		_ = d.Unlink(name)
 		return err
 	}
 	return nil
+}
+
+// readyForName refuses a file without a name that is not under the key of new files,
+// and can't be put under it.
+func (n *node) readyForName(ctx context.Context, fd int) error {
+	err := n.checkKey(fd)
+	if err == nil {
+		return nil
+	}
+	f := n.fs.files.find(n.id)
+	if f == nil {
+		return err
+	}
+	defer n.fs.files.release(f)
+	if err := f.renew(ctx); err != nil {
+		return fmt.Errorf("giving a name to a file that has none: renewing its header: %w", err)
+	}
+	return n.checkKey(fd)
 }
 
 // checkKey refuses a file that was overtaken by a rekey while it had no name. One

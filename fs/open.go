@@ -12,7 +12,7 @@ import (
 	"kmsfs/volume"
 )
 
-// Keys is where data keys come from: the ring of package keys. Both calls may
+// Keys is where data keys come from: the ring of package keys. Open and Fresh may
 // wait for the network; ctx ends with the request (a signal) or its deadline.
 type Keys interface {
 	// Open opens a header's data key. The caller owns the result.
@@ -25,13 +25,20 @@ type Keys interface {
 
 // KeyChecker is what Keys may have besides. Check says whether a header is under
 // the key that new files get now, from what is known here: it asks nobody. A rekey
-// walks over names, so a file that has none keeps its header; if it would get a
-// name later, it would be left under the retired key. So Link asks.
+// walks over names, so it does not meet a file that has none; if that got one later,
+// it could be left under the retired key. So Link asks.
 type KeyChecker interface {
 	Check(h *crypt.Header) error
 }
 
-// openKey and freshKey count what is asked of Keys. No lock is held.
+// KeyRenewer is what Keys may have besides, to put such a file under that key after
+// all. Renew makes the header that a file whose data key is s ought to have; nil if
+// h, the one it has, will do. It may wait for the network.
+type KeyRenewer interface {
+	Renew(ctx context.Context, h *crypt.Header, s *crypt.Secrets) (*crypt.Header, error)
+}
+
+// openKey, freshKey and renewKey count what is asked of Keys. No lock is held.
 func (fs *fileSystem) openKey(ctx context.Context, h *crypt.Header) (*crypt.Secrets, error) {
 	defer fs.stats.waited(&fs.stats.keyOpens, time.Now())
 	s, err := fs.keys.Open(ctx, h)
@@ -43,6 +50,17 @@ func (fs *fileSystem) freshKey(ctx context.Context) (k freshKey, err error) {
 	k.age = fs.keyAge.Load()
 	k.Fresh, err = fs.keys.Fresh(ctx)
 	return k, interrupted(ctx, err)
+}
+
+// renewKey answers nil if there is nothing to renew, or nobody who could.
+func (fs *fileSystem) renewKey(ctx context.Context, h *crypt.Header, s *crypt.Secrets) (*crypt.Header, error) {
+	keys, can := fs.keys.(KeyRenewer)
+	if !can {
+		return nil, nil
+	}
+	defer fs.stats.waited(&fs.stats.keyRenews, time.Now())
+	next, err := keys.Renew(ctx, h, s)
+	return next, interrupted(ctx, err)
 }
 
 // interrupted makes sure that an error caused by a signal is EINTR.

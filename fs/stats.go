@@ -15,6 +15,7 @@ type Stats struct {
 	Creates   int64
 	KeyOpens  int64         // times Keys.Open was asked
 	KeyFresh  int64         // times Keys.Fresh was asked
+	KeyRenews int64         // times KeyRenewer was
 	KeyWait   time.Duration // that requests spent waiting for Keys
 	OpenFiles int64         // open now
 	OpenDirs  int64         // directory descriptors held now
@@ -24,8 +25,8 @@ type Stats struct {
 }
 
 type stats struct {
-	opens, creates, keyOpens, keyFresh, settles, syncs atomic.Int64
-	keyWait                                            atomic.Int64 // ns
+	opens, creates, keyOpens, keyFresh, keyRenews, settles, syncs atomic.Int64
+	keyWait                                                       atomic.Int64 // ns
 
 	mu     sync.Mutex
 	errors map[syscall.Errno]int64 // guarded by mu
@@ -56,6 +57,7 @@ func (s *Server) Stats() Stats {
 		Creates:   st.creates.Load(),
 		KeyOpens:  st.keyOpens.Load(),
 		KeyFresh:  st.keyFresh.Load(),
+		KeyRenews: st.keyRenews.Load(),
 		KeyWait:   time.Duration(st.keyWait.Load()),
 		OpenFiles: int64(fs.files.len()),
 		OpenDirs:  int64(fs.dirs.len()),

@@ -171,6 +171,10 @@ func (m *mounting) reload(ctx context.Context) ([]string, error) {
 		if err := m.server.Reprime(ctx); err != nil {
 			return nil, fmt.Errorf("exchanging the fresh keys of open files: %w", err)
 		}
+		// Whoever may not wrap keys can adopt the list all the same.
+		if err := m.server.Renew(ctx); err != nil {
+			m.log.Warn("files without a name can be given none until this is mended", "err", sentence(err))
+		}
 	}
 	if err := remember(m.v.ID().String(), d.Pin); err != nil {
 		return nil, err
