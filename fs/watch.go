@@ -43,6 +43,7 @@ type Watch struct {
 const (
 	maxMoved      = 1 << 16
 	maxMovedBytes = 8 << 20
+	maxMovedPath  = 4096 + 256 // the longest there is where a page has 4 KiB
 )
 
 // Watch begins to note every rename and every new hard link that the server
@@ -109,7 +110,7 @@ func (m *moves) noteLocked(s spot) {
 		return // it has gone on already
 	}
 	for w := range m.watchers {
-		w.note(path, err == nil)
+		w.note(path, err == nil && len(path) <= maxMovedPath)
 	}
 }
 

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/config"
+	"kmsfs/fs"
 	"kmsfs/volume"
 )
 
@@ -25,12 +27,16 @@ import (
 //
 //	{"op":"status"}   who serves what
 //	{"op":"reload"}   read kmsfs.toml again and adopt its keys, if they may be trusted
+//	{"op":"moves"}    the first on a connection: note what is renamed and linked from
+//	                  now on, until the connection ends; each further one: tell it
 //
 // The directory and the socket belong to the user alone, and the kernel says who
 // is at the other end (SO_PEERCRED): only the user himself and root are answered,
 // and only an answer of the process that holds the volume's lock counts.
 type controlRequest struct {
 	Op string `json:"op"`
+
+	talk *conversation // that it is part of; only who answers has one
 }
 
 type controlReply struct {
@@ -41,6 +47,12 @@ type controlReply struct {
 	Dir        string   `json:"dir,omitempty"`
 	Mountpoint string   `json:"mountpoint,omitempty"`
 	Keys       []string `json:"keys,omitempty"`
+
+	// Of moves: stored paths below the backing directory, which are any bytes, so
+	// base64 here; whether some are missing; whether more are to be asked for.
+	Paths [][]byte `json:"paths,omitempty"`
+	Lost  bool     `json:"lost,omitempty"`
+	More  bool     `json:"more,omitempty"`
 }
 
 const (
@@ -49,6 +61,7 @@ const (
 	controlDial    = 15 * time.Second // for a mount that starts or ends to listen, or to be gone
 	controlAgain   = 50 * time.Millisecond
 	controlMaxLine = 64 << 10
+	controlMaxMove = 44 << 10 // of a line: paths as they are encoded
 )
 
 // controlServer answers on one socket until Close.
@@ -80,6 +93,8 @@ func (m *mounting) answer(ctx context.Context, r controlRequest) controlReply {
 	reply := controlReply{OK: true, PID: os.Getpid(), Volume: m.v.ID().String(), Dir: m.dir, Mountpoint: m.point, Keys: m.ring.Trusted()}
 	switch r.Op {
 	case "status":
+	case "moves":
+		return r.talk.moves(m.server)
 	case "reload":
 		m.reloading.Lock()
 		defer m.reloading.Unlock()
@@ -93,6 +108,43 @@ func (m *mounting) answer(ctx context.Context, r controlRequest) controlReply {
 	default:
 		return controlReply{Error: fmt.Sprintf("unknown request %q", r.Op)}
 	}
+	return reply
+}
+
+// A conversation is what a connection keeps from one request to the next. Requests
+// come one after another.
+type conversation struct {
+	watch *fs.Watch // nil until moves are asked for
+	left  []string  // moves that were drained and had no room in a reply
+}
+
+func (t *conversation) end() {
+	if t.watch != nil {
+		t.watch.Close()
+	}
+}
+
+// moves starts the watch, or tells what it has noted, as much as a reply holds.
+// Whoever asks again while there is more has then heard of everything that had moved
+// when he asked first.
+func (t *conversation) moves(server *fs.Server) controlReply {
+	reply := controlReply{OK: true}
+	if t.watch == nil {
+		t.watch = server.Watch()
+		return reply
+	}
+	if len(t.left) == 0 {
+		t.left, reply.Lost = t.watch.Moved()
+	}
+	for size := 0; len(t.left) > 0; t.left = t.left[1:] {
+		next := []byte(t.left[0])
+		size += base64.StdEncoding.EncodedLen(len(next)) + len(`"",`)
+		if size > controlMaxMove {
+			break
+		}
+		reply.Paths = append(reply.Paths, next)
+	}
+	reply.More = len(t.left) > 0
 	return reply
 }
 
@@ -168,13 +220,15 @@ func (s *controlServer) serve(ctx context.Context, c *net.UnixConn) {
 	in := bufio.NewScanner(c)
 	in.Buffer(nil, controlMaxLine)
 	out := json.NewEncoder(c)
+	var talk conversation
+	defer talk.end()
 	for {
 		_ = c.SetDeadline(time.Now().Add(controlIdle))
 		if !in.Scan() {
 			return
 		}
 		_ = c.SetDeadline(time.Time{})
-		var r controlRequest
+		r := controlRequest{talk: &talk}
 		reply := controlReply{Error: "the request is not a line of JSON"}
 		if json.Unmarshal(in.Bytes(), &r) == nil {
 			reply = s.answer(ctx, r)
@@ -262,23 +316,6 @@ func request(ctx context.Context, c *net.UnixConn, op string, wait time.Duration
 	return reply, nil
 }
 
-// probing is what kmsfs.lock says while somebody only looks whether the volume is
-// mounted.
-const probing = "looking for a live mount"
-
-// lockVolume takes the volume's lock. Somebody who only looks has it for a moment:
-// that is waited out.
-func lockVolume(v *volume.Volume, owner string) error {
-	var locked *volume.LockedError
-	for tries := 0; ; tries++ {
-		err := v.Lock(owner)
-		if !errors.As(err, &locked) || locked.Holder != nil && locked.Holder.Owner != probing || tries == 40 {
-			return err
-		}
-		time.Sleep(25 * time.Millisecond)
-	}
-}
-
 // holderOf says who has the volume in dir mounted; nil if nobody.
 func holderOf(dir string) (*volume.Holder, error) {
 	v, err := volume.Open(dir)
@@ -286,12 +323,8 @@ func holderOf(dir string) (*volume.Holder, error) {
 		return nil, err
 	}
 	defer v.Close()
-	err = lockVolume(v, probing)
-	var locked *volume.LockedError
-	if errors.As(err, &locked) && locked.Holder != nil {
-		return locked.Holder, nil
-	}
-	return nil, err
+	s, err := v.Look()
+	return s.Holder, err
 }
 
 // here reports whether a holder is a process of this machine.
@@ -306,14 +339,21 @@ func here(h *volume.Holder) bool {
 var errHungUp = errors.New("its control socket does not answer")
 
 // reloadMounts returns when the live mount of a volume, if there is one, has
-// adopted the key list on disk. A mount that starts has the lock before it listens,
-// one that ends stops listening before it lets go of the lock: so it tries again
-// while the lock stays with the same process.
+// adopted the key list on disk.
 func reloadMounts(ctx context.Context, dir, id string) error {
+	return askMount(ctx, func() (*volume.Holder, error) { return holderOf(dir) },
+		func(h *volume.Holder) error { return reloadMount(ctx, id, h) })
+}
+
+// askMount asks whoever has a volume mounted. A mount that starts has the lock before
+// it listens, one that ends stops listening before it lets go of the lock: so it
+// tries again while the lock stays with the same process. If nobody has the volume
+// mounted, nobody is asked.
+func askMount(ctx context.Context, look func() (*volume.Holder, error), ask func(*volume.Holder) error) error {
 	var pid int
 	var deadline time.Time
 	for {
-		h, err := holderOf(dir)
+		h, err := look()
 		if err != nil || h == nil {
 			return err
 		}
@@ -323,7 +363,7 @@ func reloadMounts(ctx context.Context, dir, id string) error {
 		if h.PID != pid {
 			pid, deadline = h.PID, time.Now().Add(controlDial)
 		}
-		err = reloadMount(ctx, id, h)
+		err = ask(h)
 		if !errors.Is(err, errHungUp) || time.Now().After(deadline) {
 			return err
 		}
@@ -336,19 +376,28 @@ func reloadMounts(ctx context.Context, dir, id string) error {
 }
 
 func reloadMount(ctx context.Context, id string, h *volume.Holder) error {
+	c, err := callMount(ctx, id, h, "reload", controlReload)
+	if err != nil {
+		return err
+	}
+	return c.Close()
+}
+
+// callMount connects to a mount and makes a first request.
+func callMount(ctx context.Context, id string, h *volume.Holder, op string, wait time.Duration) (*net.UnixConn, error) {
 	c, _, err := dialControl(id, h.PID)
 	if err != nil {
-		return fmt.Errorf("process %d (%s): %w", h.PID, h.Owner, err)
+		return nil, fmt.Errorf("process %d (%s): %w", h.PID, h.Owner, err)
 	}
-	defer c.Close()
-	_, err = request(ctx, c, "reload", controlReload)
+	_, err = request(ctx, c, op, wait)
 	if hungUp(err) && ctx.Err() == nil {
 		err = fmt.Errorf("%w: %w", errHungUp, err)
 	}
 	if err != nil {
-		return fmt.Errorf("process %d (%s) says: %w", h.PID, h.Owner, err)
+		c.Close()
+		return nil, fmt.Errorf("process %d (%s) says: %w", h.PID, h.Owner, err)
 	}
-	return nil
+	return c, nil
 }
 
 func hungUp(err error) bool {

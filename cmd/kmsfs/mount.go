@@ -135,7 +135,7 @@ func (m *mounting) unlock(ctx context.Context) (err error) {
 	if m.ring, err = m.openTrusted(ctx, m.v, m.provider, ask); err != nil {
 		return err
 	}
-	if err = lockVolume(m.v, "mount on "+m.point); err == nil {
+	if err = m.v.Lock("mount on " + m.point); err == nil {
 		// A rekey between reading kmsfs.toml and taking the lock found no mount to
 		// tell: read it again, and judge as before.
 		_, err = m.reload(ctx)
