@@ -85,6 +85,7 @@ type KMS struct {
 type Rekey struct {
 	Jobs   int     `toml:"jobs"`
 	MaxRPS float64 `toml:"max_rps"` // KMS requests a second; 0 = no limit of our own
+	Verify bool    `toml:"verify"`  // as --verify
 }
 
 // Volume is what this client has decided about one volume.

@@ -30,7 +30,10 @@ var services = []service{
 		}
 	}},
 	{"kmstest", func(e *harness.Env) func() string { return e.KMS().NewKey }},
-	{"moto", func(e *harness.Env) func() string { return e.Moto() }},
+	{"moto", func(e *harness.Env) func() string {
+		newKey := e.Moto()
+		return func() string { return newKey() }
+	}},
 }
 
 // TestMainFlow is the whole main job: init, mount, copy a tree in, compare it,

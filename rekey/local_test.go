@@ -47,10 +47,10 @@ func TestWithLocalKeys(t *testing.T) {
 		s.raw(n, raw)
 	}
 	v := s.open()
-	r, err := Run(ctx, v, realKeys{keys.NewRewrapper(local, v.ID())}, Options{To: "local:b", Trusted: []string{"local:a", "local:b"}})
+	r, err := Run(ctx, v, realKeys{keys.NewRewrapper(local, v.ID())}, Options{Key: "local:b", Trusted: []string{"local:a", "local:b"}})
 	require.NoError(t, err)
 	require.True(t, r.Done)
-	require.Equal(t, 3, r.Rewrapped)
+	require.Equal(t, 3, r.Changed)
 
 	require.NoError(t, local.Disable("local:a"))
 	after := keys.NewRing(keys.RingOptions{Volume: s.id, Trusted: []string{"local:b"}, Provider: local, PoolSize: -1})

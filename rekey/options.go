@@ -3,11 +3,12 @@ package rekey
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"kmsfs/crypt"
 )
 
-// What Run refuses.
+// What Run refuses, and why it stops.
 var (
 	// ErrUntrusted: the source is not in the client's trusted list. Rewrapping a
 	// copy under such a key would launder a forged header into the new key.
@@ -16,6 +17,12 @@ var (
 	ErrAmbiguous = errors.New("more than one copy could be replaced; say which with --from")
 	// ErrSameKey: source and target are one key.
 	ErrSameKey = errors.New("the old and the new key are the same")
+	// ErrLastCopy: nothing else would open what is left.
+	ErrLastCopy = errors.New("there is no copy under another trusted key, so this one must stay; add one first, with --add or --to")
+	// ErrNotListed: a key that is to be refreshed is not one of the volume's.
+	ErrNotListed = errors.New("the volume does not list this key")
+	// ErrNotPrepared: a part was to be swept before the new key is in kmsfs.toml.
+	ErrNotPrepared = errors.New("the volume is not prepared for this rekey; run it once with --prepare in place of --shard")
 	// ErrRestless: no pass over the tree was quiet enough to prove that nothing is
 	// left under the old key.
 	ErrRestless = errors.New("files were renamed, removed or still moved during every pass; run this again when the tree is quieter")
@@ -26,13 +33,45 @@ var (
 	ErrGaveUp = errors.New("the key service failed for many files in a row")
 )
 
+// An Action is what becomes of the copies in each header.
+type Action uint8
+
+// The actions.
+const (
+	Move    Action = iota // the copy under From, or the only one, is replaced by one under Key
+	Add                   // a copy under Key joins the others
+	Remove                // the copy under Key goes, once another is proven
+	Refresh               // the copy under Key is wrapped again, by the key's newest material
+)
+
+func (a Action) String() string {
+	switch a {
+	case Move:
+		return "to"
+	case Add:
+		return "add"
+	case Remove:
+		return "remove"
+	case Refresh:
+		return "refresh"
+	}
+	return fmt.Sprintf("action-%d", uint8(a))
+}
+
+// MarshalText is the action's name, as the command line has it.
+func (a Action) MarshalText() ([]byte, error) { return []byte(a.String()), nil }
+
 // A Rewrapper turns the copy of a header's data key under one key into a copy
 // under another. It checks the commitment whenever the plaintext passes through
-// this process. from is the name in the trusted list, which decides what is asked
-// where; the label of h's only copy may name a replica of it (crypt.SameKey).
+// this process. Key names are those of the trusted list, which decide what is asked
+// where; the label of a copy may name a replica of one (crypt.SameKey).
 type Rewrapper interface {
 	Route(from, to string) (Route, error)
 	Rewrap(ctx context.Context, h *crypt.Header, from, to string) (crypt.Copy, error)
+	// Verify decrypts the header's copy under key and checks the commitment.
+	Verify(ctx context.Context, h *crypt.Header, key string) error
+	// Prove is Verify for who may not decrypt: then ReEncrypt to the same key.
+	Prove(ctx context.Context, h *crypt.Header, key string) error
 }
 
 // A Route is how a copy gets from one key to another.
@@ -42,14 +81,28 @@ type Route struct {
 	Plaintext bool   `json:"plaintext"` // the data key passes through this process
 }
 
+// A Watch hears what a live mount moves while a pass is under way: a pass does not
+// meet what goes from a place before it to one behind it.
+type Watch interface {
+	// Mounted says whether a mount is watched. Then every change comes through it.
+	Mounted() bool
+	// Moved are the stored paths, relative to the root, of what was given a new
+	// name since the last call, however long ago. With an error that is not known.
+	Moved(context.Context) ([]string, error)
+	Close()
+}
+
 // Options say what to do.
 type Options struct {
-	To      string   // the new key
-	From    string   // the copy to replace; "" = the only one
-	Trusted []string // keys that a source may be under; From and To are named by the caller and count
+	Action  Action
+	Key     string   // the new key; of Remove the one that goes; of Refresh "" = the only one
+	From    string   // the copy to work from; "" = the only one, of Add whichever is cheapest
+	Trusted []string // keys that a source may be under; From and Key are named by the caller and count
 	Jobs    int      // files at a time; 0 = 16
-	MaxRPS  float64  // requests to the key service a second; 0 = no limit
+	Verify  bool     // every copy under Key is decrypted and checked against the commitment
 	DryRun  bool     // only plan
+	Prepare bool     // only the first two steps
+	Shard   Shard    // only a part of the third step
 
 	// Confirm sees the plan before anything is changed; an error ends the run.
 	Confirm func(Plan) error
@@ -60,24 +113,22 @@ type Options struct {
 	Pin func(keys []string) error
 	// Reload returns when every live mount has adopted the key list on disk.
 	Reload func(context.Context) error
-	// Moves counts the directories that live mounts have renamed so far: a
-	// directory moved from a place not yet swept to one that was would be missed.
-	Moves func(context.Context) (uint64, error)
+	// Watch begins to hear what a live mount moves; nil = nobody has it mounted.
+	Watch func(context.Context) (Watch, error)
 
 	fault func(point string) error // for tests: a crash at a named point
 }
 
 // A Plan is what a run would do.
 type Plan struct {
-	To      string         `json:"to"`
-	From    []string       `json:"from"`    // keys whose copies are replaced
-	Files   int            `json:"files"`   // regular files with contents
-	Change  int            `json:"change"`  // headers to rewrap
-	Headers map[string]int `json:"headers"` // headers by the key of a copy
-	Routes  []PlanRoute    `json:"routes"`
-	Bad     int            `json:"bad"`   // files that can't be rekeyed
-	Calls   int            `json:"calls"` // requests to KMS
-	Price   float64        `json:"price"` // US dollars
+	Action Action   `json:"action"`
+	Key    string   `json:"key"`
+	From   []string `json:"from,omitempty"` // keys that leave the volume
+	Census
+	Change int         `json:"change"` // headers to change
+	Routes []PlanRoute `json:"routes"`
+	Calls  int         `json:"calls"` // requests to KMS
+	Price  float64     `json:"price"` // US dollars
 }
 
 // A PlanRoute is the way from one old key.
@@ -95,12 +146,12 @@ type Outcome string
 
 // The outcomes.
 const (
-	Rewrapped Outcome = "rewrapped" // moved to the new key now
-	Already   Outcome = "already"   // is under the new key, or has no copy under the old one
-	Empty     Outcome = "empty"     // holds no bytes: its next contents get a fresh key
-	Gone      Outcome = "gone"      // deleted or renamed meanwhile: another pass has to look
-	Bad       Outcome = "bad"       // no valid header of this volume under a trusted key: nothing to move
-	Failed    Outcome = "failed"    // could be under the old key still
+	Changed Outcome = "changed" // its header was changed now
+	Already Outcome = "already" // nothing is to be done
+	Empty   Outcome = "empty"   // holds no bytes: its next contents get a fresh key
+	Gone    Outcome = "gone"    // deleted or renamed meanwhile: somebody has to look again
+	Bad     Outcome = "bad"     // no valid header of this volume under a trusted key: nothing to work from
+	Failed  Outcome = "failed"  // could be under the old key still
 )
 
 // An Event is one thing that happened: Kind is "file", "pass" or "step".
@@ -113,7 +164,7 @@ type Event struct {
 	Step    string  `json:"step,omitempty"`
 }
 
-// A Problem is a file that was not moved, and why.
+// A Problem is a file that was not dealt with, and why.
 type Problem struct {
 	Path    string
 	Outcome Outcome
@@ -121,18 +172,21 @@ type Problem struct {
 }
 
 // A Report is what a run did. The counts of files are those of the last pass,
-// Rewrapped and Calls those of all.
+// Changed, Verified and Calls those of all.
 type Report struct {
 	Plan      Plan
-	Rewrapped int
+	Now       Census // after the last pass
+	Changed   int
 	Already   int
 	Bad       int
 	Failed    int
 	Gone      int
+	Verified  int
+	Remaining int // copies under the keys that are to leave, after the last pass
 	Calls     int
 	Passes    int
 	Problems  []Problem // the first of them, at most maxProblems
-	Done      bool      // all five steps; the volume no longer lists the old key
+	Done      bool      // everything that was asked for
 	Retired   []string  // the keys that left kmsfs.toml
 }
 

@@ -12,19 +12,64 @@ import (
 	"kmsfs/volume"
 )
 
-// resolve decides which keys of the volume are to be replaced, before anything
-// is asked of a key service.
+// resolve decides which keys of the volume are to leave, before anything is asked
+// of a key service.
 func (j *job) resolve() error {
-	if err := crypt.CheckKeyName(j.o.To); err != nil {
-		return fmt.Errorf("the new key: %w", err)
+	if err := j.resolveKey(); err != nil {
+		return err
 	}
 	others, err := j.listed(j.tree.Settings().Keys)
 	if err != nil {
 		return err
 	}
+	switch j.o.Action {
+	case Move:
+		err = j.resolveMove(others)
+	case Remove:
+		j.old = []string{j.o.Key}
+		if len(others) == 0 {
+			err = fmt.Errorf("the volume is under %s alone: %w", j.o.Key, ErrLastCopy)
+		}
+	}
+	if err != nil || j.o.Action == Remove {
+		return err
+	}
+	for _, k := range j.old {
+		if _, err := j.rw.Route(k, j.o.Key); err != nil {
+			return fmt.Errorf("moving from %s to %s: %w", k, j.o.Key, err)
+		}
+	}
+	return nil
+}
+
+// resolveKey checks the key that was named; a refresh may leave it to us.
+func (j *job) resolveKey() error {
+	listed := j.tree.Settings().Keys
+	if j.o.Action == Refresh {
+		if j.o.Key == "" {
+			if len(listed) > 1 {
+				return fmt.Errorf("the volume is under %s: %w", strings.Join(listed, " and "), ErrAmbiguous)
+			}
+			j.o.Key = listed[0]
+		}
+		if !slices.Contains(listed, j.o.Key) {
+			return fmt.Errorf("%s: %w", j.o.Key, ErrNotListed)
+		}
+		if !slices.Contains(j.o.Trusted, j.o.Key) {
+			return fmt.Errorf("%s: %w", j.o.Key, ErrUntrusted)
+		}
+	}
+	if err := crypt.CheckKeyName(j.o.Key); err != nil {
+		return fmt.Errorf("the key: %w", err)
+	}
+	if j.o.From == j.o.Key && j.o.Action != Refresh {
+		return fmt.Errorf("%s: %w", j.o.Key, ErrSameKey)
+	}
+	return nil
+}
+
+func (j *job) resolveMove(others []string) error {
 	switch {
-	case j.o.From == j.o.To:
-		return fmt.Errorf("%s: %w", j.o.To, ErrSameKey)
 	case j.o.From != "":
 		j.old = []string{j.o.From}
 	case len(others) > 1:
@@ -32,18 +77,13 @@ func (j *job) resolve() error {
 	default:
 		j.old = others
 	}
-	for _, k := range j.old {
-		if _, err := j.rw.Route(k, j.o.To); err != nil {
-			return fmt.Errorf("moving from %s to %s: %w", k, j.o.To, err)
-		}
-	}
 	return nil
 }
 
 // trusted is the client's own name for a key that a header or kmsfs.toml names: the
 // same, or that of the replica which the client trusts. "" if it trusts neither.
 func (j *job) trusted(name string) string {
-	list := append([]string{j.o.From, j.o.To}, j.o.Trusted...)
+	list := append([]string{j.o.From, j.o.Key}, j.o.Trusted...)
 	if slices.Contains(list, name) {
 		return name
 	}
@@ -64,7 +104,7 @@ func (j *job) listed(list []string) ([]string, error) {
 		if t == "" {
 			return nil, fmt.Errorf("%s lists %s: %w", volume.SettingsFile, k, ErrUntrusted)
 		}
-		if t != j.o.To && !slices.Contains(out, t) {
+		if t != j.o.Key && !slices.Contains(out, t) {
 			out = append(out, t)
 		}
 	}
@@ -75,17 +115,20 @@ func (j *job) listed(list []string) ([]string, error) {
 // another region's name.
 func (j *job) leaves(label string) bool {
 	t := j.trusted(label)
-	return label != j.o.To && (t == j.o.To || slices.Contains(j.old, t))
+	switch j.o.Action {
+	case Move:
+		return label != j.o.Key && (t == j.o.Key || slices.Contains(j.old, t))
+	case Remove:
+		return t == j.o.Key
+	}
+	return false
 }
 
 // errAgain: kmsfs.toml changed while the key service was asked.
 var errAgain = errors.New("kmsfs.toml was changed by another process meanwhile")
 
-const restarts = 8 // a header or kmsfs.toml that changes this often is not ours to win
-
-// prepare is step 1: the new key's copy of the volume key and the new key in
-// first place, in one rename. The copy is made afresh even if kmsfs.toml already
-// has one: what stands there was not proven, and step 5 will rely on it.
+// prepare is step 1, in one rename: the new key's copy of the volume key, and the
+// new key in first place; of Remove, the key that goes in last place.
 func (j *job) prepare(ctx context.Context) error {
 	var err error
 	for range restarts {
@@ -102,25 +145,18 @@ func (j *job) prepareOnce(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("the volume key's header: %w", err)
 	}
-	others, err := j.listed(s.Keys)
+	keys, err := j.order(s.Keys)
 	if err != nil {
 		return err
 	}
-	from, err := j.volumeSource(h)
-	if err != nil {
+	if h, err = j.prepareHeader(ctx, h); err != nil {
 		return err
-	}
-	if from.label != "" {
-		if h, err = j.rewrapVolumeKey(ctx, h, from); err != nil {
-			return err
-		}
 	}
 	raw, err := h.Marshal()
 	if err != nil {
 		return fmt.Errorf("the volume key's new header: %w", err)
 	}
-	j.blobSize = len(exact(h, j.o.To).Blob)
-	keys := append([]string{j.o.To}, others...)
+	j.measure(h)
 	if bytes.Equal(raw, s.Header) && slices.Equal(keys, s.Keys) {
 		return nil
 	}
@@ -133,27 +169,110 @@ func (j *job) prepareOnce(ctx context.Context) error {
 	})
 }
 
-// volumeSource is the copy of the volume key that is rewrapped; none if only the
-// new key's copy is left.
-func (j *job) volumeSource(h *crypt.Header) (source, error) {
-	for _, k := range append(append(slices.Clone(j.old), j.o.Trusted...), j.o.To) {
-		if from := j.copyUnder(h, k); from.label != "" {
-			return from, nil
-		}
+// measure notes how long a copy under the new key is.
+func (j *job) measure(h *crypt.Header) {
+	if c := exact(h, j.o.Key); c != nil {
+		j.blobSize = len(c.Blob)
 	}
-	if exact(h, j.o.To) == nil {
-		return source{}, fmt.Errorf("the volume key has no copy under a trusted key: %w", ErrUntrusted)
-	}
-	return source{}, nil
 }
 
-func (j *job) rewrapVolumeKey(ctx context.Context, h *crypt.Header, from source) (*crypt.Header, error) {
-	c, err := j.rewrap(ctx, h, from)
+// order is the list of keys for the time of the sweep. A key that was listed
+// already keeps its place when it is added once more, to complete what is missing.
+func (j *job) order(list []string) ([]string, error) {
+	others, err := j.listed(list)
 	if err != nil {
-		return nil, fmt.Errorf("rewrapping the volume key from %s to %s: %w", from.key, j.o.To, err)
+		return nil, err
 	}
-	// The old copy stays until step 5.
-	return replaceCopy(h, c, j.o.To), nil
+	has := slices.Contains(list, j.o.Key)
+	switch {
+	case j.o.Action == Refresh, j.o.Action == Add && has, j.o.Action == Remove && !has:
+		return slices.Clone(list), nil
+	case j.o.Action == Remove:
+		return append(others, j.o.Key), nil
+	}
+	return append([]string{j.o.Key}, others...), nil
+}
+
+// prepareHeader is the volume key's header for the time of the sweep. The new copy
+// is made afresh even if there is one: what stands there was not proven, and the
+// last step will rely on it.
+func (j *job) prepareHeader(ctx context.Context, h *crypt.Header) (*crypt.Header, error) {
+	if j.o.Action == Remove {
+		from := j.sources(h)
+		if len(from) == 0 {
+			return nil, fmt.Errorf("the volume key: %w", ErrLastCopy)
+		}
+		if err := j.prove(ctx, h, from); err != nil {
+			return nil, fmt.Errorf("the volume key: %w", err)
+		}
+		return h, nil
+	}
+	from := j.volumeSources(h)
+	if len(from) == 0 {
+		if exact(h, j.o.Key) == nil {
+			return nil, fmt.Errorf("the volume key has no copy under a trusted key: %w", ErrUntrusted)
+		}
+		return h, nil
+	}
+	c, used, err := j.rewrapFrom(ctx, h, from)
+	if err != nil {
+		return nil, fmt.Errorf("the volume key: %w", err)
+	}
+	next := putCopy(h, c, j.o.Key) // the old copy stays until step 5
+	return next, j.proveNew(ctx, next, used)
+}
+
+// proveNew is for routes that ask no key service, from a multi-Region key to its
+// replica: a replica that is not there would be noticed when the old key is gone.
+func (j *job) proveNew(ctx context.Context, h *crypt.Header, from source) error {
+	route, err := j.rw.Route(from.key, j.o.Key)
+	if err != nil || route.Calls > 0 {
+		return err
+	}
+	only := h.Clone()
+	only.Copies = []crypt.Copy{*exact(h, j.o.Key)}
+	err = j.ask(billed(j.o.Key), func() error { return j.rw.Prove(ctx, only, j.o.Key) })
+	if err != nil {
+		return fmt.Errorf("opening the volume key under %s: %w", j.o.Key, err)
+	}
+	return nil
+}
+
+// volumeSources are the copies that the volume key's new copy can be made from,
+// the one that is to leave first; none if there is only the new key's.
+func (j *job) volumeSources(h *crypt.Header) (list []source) {
+	leaving := append(slices.Clone(j.old), j.o.From)
+	if j.o.Action == Refresh {
+		leaving = []string{j.o.Key}
+	}
+	for _, k := range leaving {
+		from := j.copyUnder(h, k)
+		if from.label != "" && (from.label != j.o.Key || j.o.Action == Refresh) {
+			list = append(list, from)
+		}
+	}
+	if j.o.Action == Refresh {
+		return list
+	}
+	return append(list, j.sources(h)...)
+}
+
+// prepared checks that step 1 was done by another run.
+func (j *job) prepared() error {
+	list, h := j.tree.Settings().Keys, j.tree.Header()
+	i := slices.Index(list, j.o.Key)
+	done := i >= 0 && exact(h, j.o.Key) != nil
+	switch j.o.Action {
+	case Move:
+		done = done && i == 0
+	case Remove:
+		done = i != 0
+	}
+	if !done {
+		return fmt.Errorf("%s: %w", j.o.Key, ErrNotPrepared)
+	}
+	j.measure(h)
+	return nil
 }
 
 // close is step 5: the old keys leave kmsfs.toml together with their copies of
@@ -164,39 +283,18 @@ func (j *job) close() error {
 		if err != nil {
 			return fmt.Errorf("the volume key's header: %w", err)
 		}
-		if exact(h, j.o.To) == nil || !slices.Contains(now.Keys, j.o.To) {
-			return fmt.Errorf("another process took %s out of kmsfs.toml meanwhile: %w", j.o.To, errAgain)
+		if j.o.Action == Move && (exact(h, j.o.Key) == nil || !slices.Contains(now.Keys, j.o.Key)) {
+			return fmt.Errorf("another process took %s out of kmsfs.toml meanwhile: %w", j.o.Key, errAgain)
 		}
 		if _, err := j.listed(now.Keys); err != nil { // one may have been planted since step 1
 			return err
 		}
 		h.Copies = slices.DeleteFunc(slices.Clone(h.Copies), func(c crypt.Copy) bool { return j.leaves(c.Key) })
 		now.Keys = slices.DeleteFunc(slices.Clone(now.Keys), j.leaves)
+		if len(now.Keys) == 0 || len(h.Copies) == 0 {
+			return fmt.Errorf("the volume key: %w", ErrLastCopy)
+		}
 		now.Header, err = h.Marshal()
 		return err
 	})
-}
-
-// exact finds the copy labelled key and no other: two replicas of a multi-Region
-// key are one key to readers, but a rekey moves from one label to another.
-func exact(h *crypt.Header, key string) *crypt.Copy {
-	for i := range h.Copies {
-		if h.Copies[i].Key == key {
-			return &h.Copies[i]
-		}
-	}
-	return nil
-}
-
-// replaceCopy puts c first and drops the copies labelled drop.
-func replaceCopy(h *crypt.Header, c crypt.Copy, drop ...string) *crypt.Header {
-	n := h.Clone()
-	n.Copies = []crypt.Copy{c}
-	for _, old := range h.Copies {
-		if !slices.Contains(drop, old.Key) {
-			n.Copies = append(n.Copies, old)
-		}
-	}
-	n.Padding = 0
-	return n
 }

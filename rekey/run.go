@@ -4,13 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
-	"slices"
 	"sync"
 	"sync/atomic"
-
-	"golang.org/x/sys/unix"
-	"golang.org/x/time/rate"
 
 	"kmsfs/crypt"
 	"kmsfs/volume"
@@ -20,46 +15,55 @@ import (
 // put failing ones in between.
 type tree interface {
 	Settings() volume.Settings
+	Header() *crypt.Header
 	Update(func(*volume.Settings) error) error
 	Walk(context.Context, func(*volume.Item) error) error
+	WalkBelow(context.Context, string, func(*volume.Item) error) (dir bool, err error)
 	ParseHeader(raw []byte) (*crypt.Header, error)
-	Fd() int
+	Sync() error
 }
 
 // A job is one run.
 type job struct {
-	tree  tree
-	rw    Rewrapper
-	o     Options
-	limit *rate.Limiter
+	tree tree
+	rw   Rewrapper
+	o    Options
 
-	old      []string // the keys that are to leave
-	blobSize int      // length of a blob under the new key; set by prepare
+	old      []string     // the keys that are to leave
+	blobSize int          // length of a blob under the new key; set by prepare
+	fitted   atomic.Int64 // size of the largest header that was set on a file without other attributes
 	calls    atomic.Int64
+	verified atomic.Int64
 	failures atomic.Int64 // refusals of the key service since its last success
 
 	events sync.Mutex // Event hears one thing at a time
 }
 
-// Run moves every header of the volume to o.To. The report is good also beside
-// an error. A run that ended early, for whatever reason, is finished by running
-// it again. err == nil and !Report.Done means that some files could not be moved,
-// and that the old key was therefore kept.
+func newJob(t tree, rw Rewrapper, o Options) *job {
+	if o.Jobs < 1 {
+		o.Jobs = 16
+	}
+	return &job{tree: t, rw: rw, o: o}
+}
+
+// Run does to every header of the volume what o.Action says. The report is good
+// also beside an error. A run that ended early, for whatever reason, is finished by
+// running it again. err == nil and !Report.Done means that some files could not be
+// dealt with, and that the old key was therefore kept.
 func Run(ctx context.Context, v *volume.Volume, rw Rewrapper, o Options) (Report, error) {
 	return run(ctx, v, rw, o)
 }
 
 func run(ctx context.Context, t tree, rw Rewrapper, o Options) (r Report, err error) {
-	if o.Jobs < 1 {
-		o.Jobs = 16
-	}
-	j := &job{tree: t, rw: rw, o: o, limit: rate.NewLimiter(rate.Inf, 1)}
-	if o.MaxRPS > 0 {
-		j.limit = rate.NewLimiter(rate.Limit(o.MaxRPS), 1)
-	}
-	defer func() { r.Calls = int(j.calls.Load()) }()
+	j := newJob(t, rw, o)
+	defer func() { r.Calls, r.Verified = int(j.calls.Load()), int(j.verified.Load()) }()
 	if err := j.resolve(); err != nil {
 		return r, err
+	}
+	if !o.Shard.whole() {
+		if err := j.prepared(); err != nil {
+			return r, err
+		}
 	}
 	if r.Plan, err = j.plan(ctx); err != nil {
 		return r, fmt.Errorf("planning: %w", err)
@@ -72,6 +76,9 @@ func run(ctx context.Context, t tree, rw Rewrapper, o Options) (r Report, err er
 			return r, err
 		}
 	}
+	if !o.Shard.whole() {
+		return r, j.part(ctx, &r)
+	}
 	return r, j.steps(ctx, &r)
 }
 
@@ -83,6 +90,10 @@ func (j *job) steps(ctx context.Context, r *Report) error {
 	if err := j.announce(ctx); err != nil {
 		return err
 	}
+	if j.o.Prepare {
+		r.Done = true
+		return nil
+	}
 	clean := false
 	err := j.step("sweep", func() (err error) {
 		clean, err = j.sweepAll(ctx, r)
@@ -91,18 +102,34 @@ func (j *job) steps(ctx context.Context, r *Report) error {
 	if err != nil || !clean {
 		return err
 	}
-	if err := j.step("sync", j.sync); err != nil {
+	if err := j.step("sync", j.tree.Sync); err != nil {
 		return err
 	}
-	if err := j.step("close", j.close); err != nil {
-		return err
-	}
-	r.Retired = j.old
-	if err := j.announce(ctx); err != nil {
-		return err
+	if len(j.old) > 0 {
+		if err := j.step("close", j.close); err != nil {
+			return err
+		}
+		r.Retired = j.old
+		if err := j.announce(ctx); err != nil {
+			return err
+		}
 	}
 	r.Done = true
 	return nil
+}
+
+// part is what one of many workers does: its share of the sweep, made durable.
+func (j *job) part(ctx context.Context, r *Report) error {
+	clean := false
+	err := j.step("sweep", func() (err error) {
+		clean, err = j.sweepPart(ctx, r)
+		return err
+	})
+	if err == nil {
+		err = j.step("sync", j.tree.Sync)
+	}
+	r.Done = err == nil && clean
+	return err
 }
 
 // announce tells the client's pin, and then live mounts, of the key list on disk.
@@ -140,40 +167,6 @@ func (j *job) emit(e Event) {
 		defer j.events.Unlock()
 		j.o.Event(e)
 	}
-}
-
-// sync is step 4: every header written so far is on disk before the old key is
-// dropped. (Each was synced on its own; this covers what other processes wrote.)
-func (j *job) sync() error {
-	fd, err := unix.Openat(j.tree.Fd(), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("opening the backing directory to sync it: %w", err)
-	}
-	defer unix.Close(fd)
-	if err := unix.Syncfs(fd); err != nil {
-		return fmt.Errorf("syncing the backing store: %w", err)
-	}
-	return nil
-}
-
-// price fills in routes, calls and price.
-func (j *job) price(p *Plan, from map[string]int) error {
-	for _, key := range slices.Sorted(maps.Keys(from)) {
-		route, err := j.rw.Route(key, j.o.To)
-		if err != nil {
-			return fmt.Errorf("moving from %s to %s: %w", key, j.o.To, err)
-		}
-		p.Routes = append(p.Routes, PlanRoute{From: key, Route: route, Files: from[key]})
-		p.Change += from[key]
-		p.Calls += from[key] * route.Calls
-	}
-	for _, key := range j.old { // the volume key
-		if route, err := j.rw.Route(key, j.o.To); err == nil {
-			p.Calls += route.Calls
-		}
-	}
-	p.Price = float64(p.Calls) * pricePerCall
-	return nil
 }
 
 // A crash is what tests inject: it ends the run where it stands.

@@ -4,114 +4,169 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
+	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 
+	"kmsfs/crypt"
 	"kmsfs/volume"
 )
-
-// A tally counts the outcomes of one pass.
-type tally struct {
-	mu       sync.Mutex
-	count    map[Outcome]int // guarded by mu
-	problems []Problem       // guarded by mu
-}
 
 // giveUp is how many refusals in a row end a run: one bad file never does, a
 // key that was disabled half-way must.
 const giveUp = 100
 
-// each walks the tree once and calls f for every regular file, by several
-// goroutines, a file with several links once.
-func (j *job) each(ctx context.Context, f func(context.Context, *volume.Item) (Outcome, error), done func(*volume.Item, Outcome, error)) error {
+// A pipe carries the items of a walk to the goroutines that work on them.
+type pipe struct {
+	items chan *volume.Item
+	shard Shard
+	busy  atomic.Int64  // items sent and not yet dealt with
+	idle  chan struct{} // has a token if busy may have become 0
+}
+
+func (p *pipe) send(ctx context.Context, it *volume.Item) error {
+	if it.Err == nil && !p.shard.has(it.Ino) {
+		return nil
+	}
+	it.Hold()
+	p.busy.Add(1)
+	select {
+	case p.items <- it:
+		return nil
+	case <-ctx.Done():
+		p.done(it)
+		return ctx.Err()
+	}
+}
+
+func (p *pipe) done(it *volume.Item) {
+	it.Release()
+	if p.busy.Add(-1) == 0 {
+		select {
+		case p.idle <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// rest waits until everything sent is dealt with.
+func (p *pipe) rest(ctx context.Context) error {
+	for p.busy.Load() > 0 {
+		select {
+		case <-p.idle:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+// each has several goroutines work on what produce sends.
+func (j *job) each(ctx context.Context, produce func(context.Context, *pipe) error, work func(context.Context, *volume.Item) error) error {
 	g, ctx := errgroup.WithContext(ctx)
-	items := make(chan *volume.Item, j.o.Jobs)
+	p := &pipe{items: make(chan *volume.Item, 4*j.o.Jobs), shard: j.o.Shard, idle: make(chan struct{}, 1)}
 	for range j.o.Jobs {
 		g.Go(func() error {
-			for it := range items {
-				out, err := f(ctx, it)
-				it.Release()
-				if crashed(err) || ctx.Err() != nil {
-					return errors.Join(err, ctx.Err())
+			for it := range p.items {
+				err := work(ctx, it)
+				p.done(it)
+				if err == nil {
+					err = ctx.Err()
 				}
-				done(it, out, err)
-				if j.failures.Load() >= giveUp {
-					return fmt.Errorf("%w; the last answer: %w", ErrGaveUp, err)
+				if err != nil {
+					return err
 				}
 			}
 			return nil
 		})
 	}
 	g.Go(func() error {
-		defer close(items)
-		links := linksSeen{}
-		return j.tree.Walk(ctx, func(it *volume.Item) error {
-			if it.Err != nil {
-				done(it, outcomeOf(it.Err), it.Err)
-				return nil
-			}
-			if links.again(it) {
-				return nil
-			}
-			it.Hold()
-			select {
-			case items <- it:
-				return nil
-			case <-ctx.Done():
-				it.Release()
-				return ctx.Err()
-			}
-		})
+		defer close(p.items)
+		return produce(ctx, p)
 	})
 	err := g.Wait()
-	for it := range items { // what an early end left over
-		it.Release()
+	for it := range p.items { // what an early end left over
+		p.done(it)
 	}
 	return err
 }
 
-// outcomeOf judges a place where the walk could not go on. What was renamed may be
-// met by the next pass; what can't be read may not.
-func outcomeOf(err error) Outcome {
-	if errors.Is(err, volume.ErrGone) || errors.Is(err, volume.ErrMoved) {
+// walk sends the whole tree.
+func (j *job) walk(ctx context.Context, p *pipe) error {
+	return j.tree.Walk(ctx, func(it *volume.Item) error { return p.send(ctx, it) })
+}
+
+// A pass is one time over the tree.
+type pass struct {
+	*job
+	nr        int
+	verifying bool // also what needs no change
+	links     linksSeen
+	t         *tally
+	missed    bool        // something may have moved past it
+	postponed atomic.Bool // a further link was to be changed, while somebody may be at the first
+}
+
+// work deals with one item.
+func (s *pass) work(ctx context.Context, it *volume.Item) error {
+	f := find(s.tree, &s.links, it)
+	out, h, err := f.out, f.h, f.err
+	switch {
+	case out == "" && f.again:
+		out = s.link(f.h)
+	case out == "":
+		out, h, err = s.file(ctx, it, f, s.verifying)
+	}
+	if crashed(err) || ctx.Err() != nil {
+		return errors.Join(err, ctx.Err())
+	}
+	s.t.add(it, out, err, h, f.again)
+	e := Event{Kind: "file", Outcome: out, Err: err, Pass: s.nr}
+	if out == Bad || out == Failed {
+		e.Path = it.Path()
+	}
+	s.emit(e)
+	if err != nil && s.failures.Load() >= giveUp {
+		return fmt.Errorf("%w; the last answer: %w", ErrGaveUp, err)
+	}
+	return nil
+}
+
+// link judges a further link of a file that this pass has met. It is not changed: the
+// first link was, or is just now, and each call costs. If it still has to be, which
+// is so if another file got the inode number meanwhile, the next pass will.
+func (s *pass) link(h *crypt.Header) Outcome {
+	_, out, _ := s.edit(h)
+	if out == "" {
+		s.postponed.Store(true)
 		return Gone
 	}
-	return Failed
+	return Already
 }
 
-// linksSeen are the files with several links met in this pass.
-type linksSeen map[inode]bool
-
-type inode struct{ dev, ino uint64 }
-
-// again reports whether the item is one more link of a file met before.
-func (l linksSeen) again(it *volume.Item) bool {
-	if it.Stat.Nlink < 2 {
-		return false
-	}
-	id := inode{it.Stat.Dev, it.Stat.Ino}
-	if l[id] {
-		return true
-	}
-	l[id] = true
-	return false
+// sweep is one pass.
+func (j *job) sweep(ctx context.Context, r *Report, produce func(*pass) func(context.Context, *pipe) error, verifying bool) (*pass, error) {
+	r.Passes++
+	j.emit(Event{Kind: "pass", Pass: r.Passes})
+	s := &pass{job: j, nr: r.Passes, t: newTally(), verifying: verifying}
+	err := j.each(ctx, produce(s), s.work)
+	t := s.t
+	r.Changed += t.of(Changed)
+	r.Already, r.Bad, r.Failed, r.Gone = t.of(Already), t.of(Bad), t.of(Failed), t.of(Gone)
+	r.Now, r.Problems, r.Remaining = t.now, t.problems, j.remaining(t.now)
+	s.missed = s.missed || s.postponed.Load()
+	return s, err
 }
 
-// sweep is one pass over the tree.
-func (j *job) sweep(ctx context.Context, pass int) (*tally, error) {
-	t := &tally{count: map[Outcome]int{}}
-	err := j.each(ctx, j.file, func(it *volume.Item, out Outcome, err error) {
-		t.mu.Lock()
-		defer t.mu.Unlock()
-		t.count[out]++
-		if (out == Bad || out == Failed) && len(t.problems) < maxProblems {
-			t.problems = append(t.problems, Problem{Path: it.Path, Outcome: out, Err: err})
+// remaining counts the copies under keys that are to leave.
+func (j *job) remaining(c Census) (n int) {
+	for label, count := range c.Headers {
+		if j.leaves(label) {
+			n += count
 		}
-		j.emit(Event{Kind: "file", Path: it.Path, Outcome: out, Err: err, Pass: pass})
-	})
-	return t, err
+	}
+	return n
 }
 
 // maxPasses ends a sweep of a tree that never rests.
@@ -119,30 +174,22 @@ const maxPasses = 100
 
 // sweepAll is step 3: passes until one, started after the last change, finds
 // nothing under the old key and misses nothing, or nothing more can be done. clean
-// says which. A file that was renamed under a pass may have gone to a place which
-// that pass had behind it, still under the old key: only a pass on which nothing
-// vanished counts.
+// says which.
 func (j *job) sweepAll(ctx context.Context, r *Report) (clean bool, err error) {
+	verifying := j.o.Verify && j.o.Action != Remove
 	for {
-		before, err := j.moves(ctx)
+		s, err := j.sweep(ctx, r, func(s *pass) func(context.Context, *pipe) error { return s.everything }, verifying)
 		if err != nil {
 			return false, err
 		}
-		r.Passes++
-		j.emit(Event{Kind: "pass", Pass: r.Passes})
-		t, err := j.sweep(ctx, r.Passes)
-		r.Rewrapped += t.count[Rewrapped]
-		r.Already, r.Bad, r.Failed, r.Gone, r.Problems = t.count[Already], t.count[Bad], t.count[Failed], t.count[Gone], t.problems
-		if err != nil {
-			return false, err
-		}
-		after, err := j.moves(ctx)
-		if err != nil {
-			return false, err
-		}
-		restless := r.Gone > 0 || before != after
+		// Only a pass that missed nothing has verified everything, and what failed
+		// then must not pass for good now.
+		verifying = verifying && (s.missed || r.Failed > 0)
+		changed := s.t.of(Changed)
 		switch {
-		case t.count[Rewrapped] == 0 && !(restless && r.Failed == 0):
+		case j.o.Action == Refresh: // what was missed is under the same key: nothing hangs on it
+			return r.Failed == 0, nil
+		case changed == 0 && (!s.missed || r.Failed > 0):
 			return r.Failed == 0, nil
 		case r.Passes == maxPasses:
 			r.Failed++
@@ -152,53 +199,109 @@ func (j *job) sweepAll(ctx context.Context, r *Report) (clean bool, err error) {
 	}
 }
 
-func (j *job) moves(ctx context.Context) (uint64, error) {
-	if j.o.Moves == nil {
-		return 0, nil
+// sweepPart is a worker's share: passes until one finds nothing to change. What
+// moves past it is for the run that comes after all workers.
+func (j *job) sweepPart(ctx context.Context, r *Report) (clean bool, err error) {
+	for verifying := j.o.Verify && j.o.Action != Remove; ; verifying = verifying && r.Failed > 0 {
+		s, err := j.sweep(ctx, r, func(*pass) func(context.Context, *pipe) error { return j.walk }, verifying)
+		if err != nil || j.o.Action == Refresh || s.t.of(Changed) == 0 && !s.missed || r.Passes == maxPasses {
+			return r.Failed == 0, err
+		}
 	}
-	return j.o.Moves(ctx)
 }
 
-// plan counts what is to be done. It changes nothing and calls no key service.
-func (j *job) plan(ctx context.Context) (Plan, error) {
-	p := Plan{To: j.o.To, From: j.old, Headers: map[string]int{}}
-	from := map[string]int{}
-	var mu sync.Mutex
-	err := j.each(ctx, func(_ context.Context, it *volume.Item) (Outcome, error) {
-		return j.survey(it, &mu, p.Headers, from)
-	}, func(_ *volume.Item, out Outcome, _ error) {
-		mu.Lock()
-		defer mu.Unlock()
-		switch out {
-		case Empty, Gone:
-			return
-		case Bad, Failed:
-			p.Bad++
-		}
-		p.Files++
-	})
+// everything sends the whole tree, and whatever a live mount moves meanwhile. If
+// nobody has it mounted, whatever vanishes under the pass may have moved past it.
+func (s *pass) everything(ctx context.Context, p *pipe) error {
+	w, err := s.watch(ctx)
 	if err != nil {
-		return p, err
+		return err
 	}
-	return p, j.price(&p, from)
+	defer w.Close()
+	asked := time.Now()
+	err = s.tree.Walk(ctx, func(it *volume.Item) error {
+		if time.Since(asked) > followEvery {
+			asked = time.Now()
+			if _, err := s.below(ctx, p, s.moved(ctx, w)); err != nil {
+				return err
+			}
+		}
+		return p.send(ctx, it)
+	})
+	if err == nil {
+		err = s.catchUp(ctx, p, w)
+	}
+	s.missed = s.missed || !w.Mounted() && s.t.of(Gone) > 0
+	return err
 }
 
-func (j *job) survey(it *volume.Item, mu *sync.Mutex, headers, from map[string]int) (Outcome, error) {
-	fd, out, err := open(it)
-	if fd < 0 {
-		return out, err
-	}
-	defer unix.Close(fd)
-	_, h, src, out, err := j.look(fd)
-	mu.Lock()
-	defer mu.Unlock()
-	if h != nil {
-		for _, c := range h.Copies {
-			headers[c.Key]++
+// followEvery is how often a pass looks where things have gone: a Watch need not
+// remember a whole pass.
+const followEvery = 500 * time.Millisecond
+
+// moved asks what was moved. If that is not known, the pass will not count.
+func (s *pass) moved(ctx context.Context, w Watch) []string {
+	paths, err := w.Moved(ctx)
+	s.missed = s.missed || err != nil
+	return paths
+}
+
+// maxRounds bounds the chase after what is moved while what was moved is swept.
+const maxRounds = 1000
+
+// catchUp sweeps what was moved, until nothing can have been missed. Whatever the
+// walk did not meet was moved during it, and so was noted. What is swept here and
+// not met either has moved once more, and is noted again. So all was met when a
+// round had files only, of which none had vanished; it need not be that nothing
+// moves any more.
+func (s *pass) catchUp(ctx context.Context, p *pipe, w Watch) error {
+	for range maxRounds {
+		if err := p.rest(ctx); err != nil {
+			return err
+		}
+		paths := s.moved(ctx, w)
+		if s.missed {
+			return ctx.Err()
+		}
+		before := s.t.of(Gone)
+		dirs, err := s.below(ctx, p, paths)
+		if err == nil {
+			err = p.rest(ctx)
+		}
+		if err != nil || !dirs && s.t.of(Gone) == before {
+			return err
 		}
 	}
-	if src.label != "" {
-		from[src.key]++
-	}
-	return out, err
+	s.missed = true
+	return nil
 }
+
+// below sends what stands at the paths and below. dirs: one was a directory.
+func (s *pass) below(ctx context.Context, p *pipe, paths []string) (dirs bool, err error) {
+	for _, path := range paths {
+		dir, err := s.tree.WalkBelow(ctx, path, func(it *volume.Item) error { return p.send(ctx, it) })
+		if err != nil {
+			return dirs, err
+		}
+		dirs = dirs || dir
+	}
+	return dirs, nil
+}
+
+func (j *job) watch(ctx context.Context) (Watch, error) {
+	if j.o.Watch == nil {
+		return unwatched{}, nil
+	}
+	w, err := j.o.Watch(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("asking the live mount what it moves: %w", err)
+	}
+	return w, nil
+}
+
+// unwatched is the Watch of a volume that nobody has mounted.
+type unwatched struct{}
+
+func (unwatched) Mounted() bool                           { return false }
+func (unwatched) Moved(context.Context) ([]string, error) { return nil, nil }
+func (unwatched) Close()                                  {}

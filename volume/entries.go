@@ -118,6 +118,19 @@ func (e *Entries) nextRaw() (raw rawEntry, ok bool, err error) {
 	return raw, true, nil
 }
 
+// batch is what one call lists; nothing at the end.
+func (e *Entries) batch() (list []rawEntry, err error) {
+	for {
+		raw, ok, err := e.nextRaw()
+		if err != nil || !ok {
+			return list, err
+		}
+		if list = append(list, raw); len(e.rest) == 0 {
+			return list, nil
+		}
+	}
+}
+
 func (e *Entries) fill() error {
 	if e.buf == nil {
 		e.buf = dirBufs.Get().(*dirBuf)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -28,14 +29,25 @@ func ReadHeader(fd int) ([]byte, error) {
 // readXattr reads one of our attributes; nil if it is missing, damage if it is
 // longer than limit.
 func readXattr(fd int, name string, limit int) ([]byte, error) {
-	var small [512]byte // holds a header with one copy
-	n, err := getxattr(fd, name, small[:])
+	return readValue(name, limit, func(dest []byte) (int, error) { return getxattr(fd, name, dest) })
+}
+
+// readXattrAt reads the header of what stands at a name in a directory, without
+// opening it and without following a symlink.
+func readXattrAt(dirfd int, name string) ([]byte, error) {
+	at := procPath(dirfd) + "/" + name
+	return readValue(crypt.HeaderXattr, crypt.MaxHeader, func(dest []byte) (int, error) { return unix.Lgetxattr(at, crypt.HeaderXattr, dest) })
+}
+
+func readValue(name string, limit int, get func(dest []byte) (int, error)) ([]byte, error) {
+	var small [600]byte // holds a header with two copies
+	n, err := get(small[:min(len(small), limit)])
 	if err == nil {
 		return bytes.Clone(small[:n]), nil
 	}
-	if err == unix.ERANGE {
+	if err == unix.ERANGE && limit > len(small) {
 		big := make([]byte, limit)
-		if n, err = getxattr(fd, name, big); err == nil {
+		if n, err = get(big); err == nil {
 			return big[:n:n], nil
 		}
 	}
@@ -89,9 +101,10 @@ func setHeader(fd int, raw []byte, flags int) error {
 	return nil
 }
 
-// ReplaceHeader installs new in place of old (nil: there must be none) and makes
-// it durable: under the header's lock it reads the header again, gives up with
-// ErrHeaderChanged if it isn't old, sets new, syncs, and reads it back.
+// ReplaceHeader installs new in place of old (nil: there must be none): under the
+// header's lock it reads the header again, gives up with ErrHeaderChanged if it
+// isn't old, sets new, and reads it back. It is not durable yet: a power cut leaves
+// old or new, so who replaces many syncs once (Sync), before anything relies on new.
 func ReplaceHeader(fd int, old, new []byte) error {
 	return lockedHeader(fd, func(fd int) error {
 		if err := expectHeader(fd, old); err != nil {
@@ -103,9 +116,6 @@ func ReplaceHeader(fd int, old, new []byte) error {
 		}
 		if err := setHeader(fd, new, flags); err != nil {
 			return err
-		}
-		if err := retry(func() error { return unix.Fsync(fd) }); err != nil {
-			return fmt.Errorf("syncing the header: %w", err)
 		}
 		if err := expectHeader(fd, new); err != nil {
 			return fmt.Errorf("reading the new header back: %w", err)
@@ -135,6 +145,22 @@ func readOwnHeader(fd int) (raw []byte, err error) {
 		return nil, fmt.Errorf("reading the header: %w", err)
 	}
 	return raw, nil
+}
+
+// OnlyHeader reports whether a file carries no attributes but ours, so that what
+// fits on another such file of the volume fits on it.
+func OnlyHeader(fd int) bool {
+	var small [256]byte
+	n, err := listxattr(fd, small[:])
+	if err != nil {
+		return false
+	}
+	for name := range strings.SplitSeq(string(small[:n]), "\x00") {
+		if name != "" && name != crypt.HeaderXattr && name != crypt.SparseXattr {
+			return false
+		}
+	}
+	return true
 }
 
 // HeaderFits says whether a header of size bytes would fit beside the user's own

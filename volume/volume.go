@@ -276,8 +276,9 @@ func (v *Volume) Update(change func(*Settings) error) error {
 		return fmt.Errorf("%s: %w", v.path, err)
 	}
 	own := v.Settings()
-	if _, err := successor(&own, before); err != nil {
-		return fmt.Errorf("%s: %w", v.path, badSettings(err))
+	// Adopted also if change declines: it may want to look again at what is there now.
+	if _, err := v.adopt(&own, before, ""); err != nil {
+		return err
 	}
 	after := before.clone()
 	if err := change(&after); err != nil {
@@ -347,6 +348,19 @@ func (v *Volume) Root() (*Dir, error) {
 		return nil, os.NewSyscallError("dup", err)
 	}
 	return v.newDir(fd, true)
+}
+
+// Sync makes everything durable that was written to the backing store so far.
+func (v *Volume) Sync() error {
+	fd, err := unix.Openat(v.root, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("opening the backing directory to sync it: %w", err)
+	}
+	defer unix.Close(fd)
+	if err := retry(func() error { return unix.Syncfs(fd) }); err != nil {
+		return fmt.Errorf("syncing the backing store: %w", err)
+	}
+	return nil
 }
 
 // Fd is the O_PATH descriptor of the root, for statfs and the like. It is the

@@ -1,9 +1,12 @@
 package volume
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"path"
+	"slices"
 	"strings"
 	"sync/atomic"
 
@@ -24,34 +27,87 @@ var (
 	ErrGone = errors.New("the entry was removed or renamed during the walk")
 )
 
-// An Item is a regular file that Walk met, or a place where it could not go on.
+// An Item is a regular file that Walk met, or a place where it could not go on. It
+// is what the listing says; whoever wants to know more asks (Peek, Open), with as
+// many goroutines as there are idle disks.
 type Item struct {
-	Path string      // relative to the root, for messages: plain names if unlocked, else stored ones
-	Name string      // stored name in its directory
-	Stat unix.Stat_t // of the backing file: the stored size
-	Err  error       // what is wrong with this place; then only Path is valid
+	Name string // stored name in its directory
+	Ino  uint64 // inode number on the backing store
+	Err  error  // what is wrong with this place; then only Path may be called
 
-	dir *walkDir
+	dir  *walkDir
+	full string // of a place where something is wrong
+}
+
+// Path is relative to the root, for messages: plain names if the volume is
+// unlocked, else stored ones.
+func (it *Item) Path() string {
+	if it.Err != nil {
+		return it.full
+	}
+	return path.Join(it.dir.path, it.dir.plain(it.Name))
+}
+
+// Peek reads the header's bytes (nil if there is none) and the attributes of the
+// item's file, by name and without opening it. What has taken the file's place, or
+// the removal of its name, since it was listed is ErrGone: the attributes are read
+// last, so they vouch for the header.
+func (it *Item) Peek() (raw []byte, st unix.Stat_t, err error) {
+	if it.Err != nil {
+		return nil, st, it.Err
+	}
+	raw, errHeader := readXattrAt(it.dir.fd, it.Name)
+	if err := it.check(unix.Fstatat(it.dir.fd, it.Name, &st, unix.AT_SYMLINK_NOFOLLOW), &st); err != nil {
+		return nil, st, err
+	}
+	if errHeader == unix.EACCES { // a file of ours may forbid reading
+		raw, errHeader = it.readOwn()
+	}
+	return raw, st, errHeader
+}
+
+// check judges what a look at the item's name found.
+func (it *Item) check(err error, st *unix.Stat_t) error {
+	switch {
+	case err == unix.ENOENT:
+		return ErrGone
+	case err != nil:
+		return err
+	case st.Dev != it.dir.dev:
+		return ErrOtherDevice
+	case st.Ino != it.Ino || st.Mode&unix.S_IFMT != unix.S_IFREG:
+		return ErrGone
+	}
+	return nil
+}
+
+func (it *Item) readOwn() ([]byte, error) {
+	fd, err := it.Open(unix.O_PATH)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	return readOwnHeader(fd)
 }
 
 // Open opens the item's file. With O_PATH in flags it needs no permission;
-// otherwise flags are as for Dir.Open. A file that was replaced since it was met
-// is ESTALE.
+// otherwise flags are as for Dir.Open. A file that is no longer there, or was
+// replaced since it was met, is ErrGone.
 func (it *Item) Open(flags int) (int, error) {
 	if it.Err != nil {
 		return -1, it.Err
 	}
 	d := &Dir{fd: it.dir.fd}
 	fd, err := d.openat(it.Name, flags&(openFlags|unix.O_PATH), 0)
-	if err != nil {
+	switch err {
+	case nil:
+	case unix.ENOENT, unix.ELOOP, unix.ENXIO, unix.EISDIR:
+		return -1, ErrGone // ENXIO: a FIFO or device stands there
+	default:
 		return -1, err
 	}
 	var st unix.Stat_t
-	err = unix.Fstat(fd, &st)
-	if err == nil && (st.Dev != it.Stat.Dev || st.Ino != it.Stat.Ino || st.Mode&unix.S_IFMT != unix.S_IFREG) {
-		err = unix.ESTALE
-	}
-	if err != nil {
+	if err := it.check(unix.Fstat(fd, &st), &st); err != nil {
 		unix.Close(fd)
 		return -1, err
 	}
@@ -75,14 +131,20 @@ func (it *Item) Release() {
 
 // walkDir is a directory's descriptor, shared by the walk and the items held.
 type walkDir struct {
-	fd   int
-	refs atomic.Int32
+	fd    int
+	dev   uint64 // the volume's
+	path  string
+	names *Dir // translates names; its fd is borrowed. nil if names can't be translated
+	refs  atomic.Int32
 }
 
-func newWalkDir(fd int) *walkDir {
-	w := &walkDir{fd: fd}
-	w.refs.Store(1)
-	return w
+// plain is a name for messages.
+func (w *walkDir) plain(stored string) string {
+	if w.names == nil {
+		return stored
+	}
+	plain, _ := w.names.plainName(stored, unix.DT_REG)
+	return plain
 }
 
 func (w *walkDir) release() {
@@ -92,21 +154,60 @@ func (w *walkDir) release() {
 }
 
 // Walk calls visit for every regular file below the root, once per directory
-// entry (a file with several links is met several times; Stat tells), and for
+// entry (a file with several links is met several times; Peek tells), and for
 // every place where something is wrong (Err), after which it goes on. It stops
 // with the error of visit or ctx. Entries made or moved meanwhile are met or not;
-// one that vanished between its listing and its visit is ErrGone, so that whoever
-// must not miss a renamed file knows to walk again.
+// one that vanished between its listing and its visit is ErrGone, here or when it
+// is asked for, so that whoever must not miss a renamed file knows to look again.
 //
 // It needs no key; it follows no symlink, skips our own files, and leaves out
-// other file systems mounted below. Its memory grows with the depth of the tree
-// only.
+// other file systems mounted below. Files are met in the order of their inodes, as
+// far as one listing call goes: that is how a disk has them. Its memory grows with
+// the depth of the tree only.
 func (v *Volume) Walk(ctx context.Context, visit func(*Item) error) error {
 	w := &walker{v: v, visit: visit}
 	defer w.close()
 	if err := w.enterRoot(); err != nil {
 		return err
 	}
+	return w.run(ctx)
+}
+
+// WalkBelow is Walk for what stands at one stored path relative to the root: a
+// file, or a directory (dir says so) and everything below it. If nothing does, that
+// is ErrGone.
+func (v *Volume) WalkBelow(ctx context.Context, stored string, visit func(*Item) error) (dir bool, err error) {
+	w := &walker{v: v, visit: visit}
+	defer w.close()
+	if err := w.enterRoot(); err != nil {
+		return false, err
+	}
+	names := strings.Split(stored, "/")
+	for i, name := range names {
+		if name == "" || isDot(name) {
+			return false, fmt.Errorf("%q is not a path in a volume", stored)
+		}
+		f := w.top()
+		if len(w.stack) == 1 && w.isOwn(name) {
+			return false, nil
+		}
+		f.list.Close() // of the way down nothing is listed
+		f.list, f.done = nil, true
+		dtype := uint8(unix.DT_DIR)
+		if i == len(names)-1 {
+			dtype = unix.DT_UNKNOWN
+		}
+		if err := w.entry(f, rawEntry{name: name, dtype: dtype}); err != nil {
+			return false, err
+		}
+		if w.top() == f { // a file, or nothing
+			return false, nil
+		}
+	}
+	return true, w.run(ctx)
+}
+
+func (w *walker) run(ctx context.Context) error {
 	for len(w.stack) > 0 {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -126,15 +227,16 @@ type walker struct {
 
 // A frame is a directory on the way. Below walkOpen levels its descriptor and
 // buffer are given up while a subdirectory is walked, or a deep tree would eat
-// all descriptors.
+// all descriptors; the names of subdirectories yet to be walked are kept.
 type frame struct {
 	stored   string // name in its parent
 	path     string
 	dev, ino uint64
 	off      int64 // where to go on after a reopening
+	done     bool  // everything is listed
 	dir      *walkDir
 	list     *Entries // nil while given up
-	names    *Dir     // translates names; its fd is borrowed from dir
+	subdirs  []rawEntry
 }
 
 const walkOpen = 32
@@ -149,31 +251,52 @@ func (w *walker) enterRoot() error {
 
 func (w *walker) top() *frame { return w.stack[len(w.stack)-1] }
 
-// step takes the next entry of the directory on top.
+// step goes down into the next subdirectory, or lists more of the directory on
+// top, or leaves it.
 func (w *walker) step() error {
 	f := w.top()
-	if f.list == nil {
+	if f.dir == nil {
 		if err := w.reopen(); err != nil {
 			w.drop()
 			return w.report(f.path, err)
 		}
 	}
-	raw, ok, err := f.list.nextRaw()
+	switch {
+	case len(f.subdirs) > 0:
+		raw := f.subdirs[0]
+		f.subdirs = f.subdirs[1:]
+		return w.entry(f, raw)
+	case f.done:
+		w.pop()
+		return nil
+	}
+	return w.batch(f)
+}
+
+// batch visits the files of one listing call in the order of their inodes, and
+// keeps its subdirectories for later.
+func (w *walker) batch(f *frame) error {
+	list, err := f.list.batch()
 	if err != nil {
 		w.drop()
 		return w.report(f.path, err)
 	}
-	if !ok {
-		w.pop()
-		return nil
+	f.done = len(list) == 0
+	f.subdirs = nil
+	for _, raw := range list {
+		f.off = raw.off
 	}
-	f.off = raw.off
-	if isDot(raw.name) || len(w.stack) == 1 && w.isOwn(raw.name) {
-		return nil
-	}
-	switch raw.dtype {
-	case unix.DT_REG, unix.DT_DIR, unix.DT_UNKNOWN:
-		return w.entry(f, raw)
+	slices.SortFunc(list, func(a, b rawEntry) int { return cmp.Compare(a.ino, b.ino) })
+	for _, raw := range list {
+		switch {
+		case isDot(raw.name) || len(w.stack) == 1 && w.isOwn(raw.name):
+		case raw.dtype == unix.DT_REG:
+			if err := w.visit(&Item{Name: raw.name, Ino: raw.ino, dir: f.dir}); err != nil {
+				return err
+			}
+		case raw.dtype == unix.DT_DIR, raw.dtype == unix.DT_UNKNOWN:
+			f.subdirs = append(f.subdirs, raw)
+		}
 	}
 	return nil
 }
@@ -184,37 +307,28 @@ func (w *walker) isOwn(stored string) bool {
 	return strings.HasPrefix(stored, ownPrefix) && !(w.v.encrypted() && isLong(stored))
 }
 
+// entry looks at what may be a directory and goes down into it.
 func (w *walker) entry(f *frame, raw rawEntry) error {
-	it := Item{Name: raw.name, dir: f.dir}
-	err := unix.Fstatat(f.dir.fd, raw.name, &it.Stat, unix.AT_SYMLINK_NOFOLLOW)
-	kind := it.Stat.Mode & unix.S_IFMT
-	if err == nil && kind != unix.S_IFREG && kind != unix.S_IFDIR && raw.dtype == unix.DT_UNKNOWN {
-		return nil
-	}
-	it.Path = path.Join(f.path, f.plain(raw.name))
-	if err == nil && raw.dtype != unix.DT_UNKNOWN && kind != uint32(raw.dtype)<<12 {
+	var st unix.Stat_t
+	err := unix.Fstatat(f.dir.fd, raw.name, &st, unix.AT_SYMLINK_NOFOLLOW)
+	kind := st.Mode & unix.S_IFMT
+	if err == nil && raw.dtype == unix.DT_DIR && kind != unix.S_IFDIR {
 		// What was listed may live on under another name; what stands here now is
 		// for the next walk.
 		err = ErrGone
 	}
+	full := func() string { return path.Join(f.path, f.dir.plain(raw.name)) }
 	switch {
 	case err != nil:
-		return w.report(it.Path, err)
-	case it.Stat.Dev != w.v.dev:
-		return w.report(it.Path, ErrOtherDevice)
+		return w.report(full(), err)
+	case kind != unix.S_IFREG && kind != unix.S_IFDIR:
+		return nil
+	case st.Dev != w.v.dev:
+		return w.report(full(), ErrOtherDevice)
 	case kind == unix.S_IFREG:
-		return w.visit(&it)
+		return w.visit(&Item{Name: raw.name, Ino: st.Ino, dir: f.dir})
 	}
-	return w.enter(f, raw.name, it.Path)
-}
-
-// plain is a name for messages.
-func (f *frame) plain(stored string) string {
-	if f.names == nil {
-		return stored
-	}
-	plain, _ := f.names.plainName(stored, unix.DT_REG)
-	return plain
+	return w.enter(f, raw.name, full())
 }
 
 // enter goes down into a directory.
@@ -266,8 +380,8 @@ func (w *walker) list(f *frame, fd int) error {
 			return err
 		}
 	}
-	f.dir, f.list = newWalkDir(fd), e
-	f.names = w.translator(fd, f.stored == "")
+	f.dir, f.list = &walkDir{fd: fd, dev: w.v.dev, path: f.path, names: w.translator(fd, f.stored == "")}, e
+	f.dir.refs.Store(1)
 	return nil
 }
 
@@ -295,9 +409,11 @@ func (w *walker) translator(fd int, root bool) *Dir {
 func (f *frame) giveUp() {
 	if f.list != nil {
 		f.list.Close()
-		f.dir.release()
-		f.list, f.dir, f.names = nil, nil, nil
 	}
+	if f.dir != nil {
+		f.dir.release()
+	}
+	f.list, f.dir = nil, nil
 }
 
 // pop goes back up. A parent that was given up is opened again through "..",
@@ -305,7 +421,7 @@ func (f *frame) giveUp() {
 func (w *walker) pop() {
 	f := w.top()
 	w.stack = w.stack[:len(w.stack)-1]
-	if len(w.stack) > 0 && w.top().list == nil {
+	if len(w.stack) > 0 && w.top().dir == nil {
 		if fd, err := unix.Openat(f.dir.fd, "..", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err == nil {
 			_ = w.resume(w.top(), fd) // if that isn't it, reopen goes from the root
 		}
@@ -360,7 +476,7 @@ func (w *walker) report(path string, err error) error {
 	if err == unix.ENOENT { // also what listing a removed directory says
 		err = ErrGone
 	}
-	return w.visit(&Item{Path: path, Err: err})
+	return w.visit(&Item{full: path, Err: err})
 }
 
 func (w *walker) close() {

@@ -24,15 +24,15 @@ func walk(t testing.TB, v *Volume) (files []string, bad map[string]error) {
 	bad = map[string]error{}
 	require.NoError(t, v.Walk(context.Background(), func(it *Item) error {
 		if it.Err != nil {
-			bad[it.Path] = it.Err
+			bad[it.Path()] = it.Err
 			return nil
 		}
-		files = append(files, it.Path)
+		files = append(files, it.Path())
 		fd, err := it.Open(unix.O_RDONLY)
 		require.NoError(t, err)
 		var st unix.Stat_t
 		require.NoError(t, unix.Fstat(fd, &st))
-		require.Equal(t, st.Ino, it.Stat.Ino)
+		require.Equal(t, st.Ino, it.Ino)
 		require.NoError(t, unix.Close(fd))
 		return nil
 	}))
@@ -111,9 +111,9 @@ func TestWalkOfADeepTree(t *testing.T) {
 	n := 0
 	seen := map[string]bool{}
 	require.NoError(t, v.Walk(context.Background(), func(it *Item) error {
-		require.NoError(t, it.Err, it.Path)
-		require.False(t, seen[it.Path], it.Path)
-		seen[it.Path] = true
+		require.NoError(t, it.Err, it.Path())
+		require.False(t, seen[it.Path()], it.Path())
+		seen[it.Path()] = true
 		if n++; n%20 == 0 {
 			most = max(most, openFDs(t)-before)
 		}
@@ -197,7 +197,7 @@ func TestWalkItemsCanBeHeld(t *testing.T) {
 	held := map[string]*Item{}
 	require.NoError(t, v.Walk(context.Background(), func(it *Item) error {
 		it.Hold()
-		held[path.Base(it.Path)] = it
+		held[path.Base(it.Path())] = it
 		return it.Err
 	}))
 	require.NoError(t, d.Rename("sub", d, "moved", 0))
@@ -212,15 +212,23 @@ func TestWalkItemsCanBeHeld(t *testing.T) {
 	inTime(t, func() {
 		for name, it := range held {
 			fd, err := it.Open(unix.O_RDWR)
+			raw, st, errPeek := it.Peek()
 			if name == "kept" {
+				require.NoError(t, errPeek)
+				require.Nil(t, raw)
+				require.Equal(t, it.Ino, st.Ino)
 				require.NoError(t, err)
 				unix.Close(fd)
 				fd, err = it.Open(unix.O_PATH)
 				require.NoError(t, err)
 				require.NoError(t, SetHeader(fd, []byte("through O_PATH")))
 				unix.Close(fd)
+				raw, _, err = it.Peek()
+				require.NoError(t, err)
+				require.Equal(t, "through O_PATH", string(raw))
 			} else {
-				require.Error(t, err, name)
+				require.ErrorIs(t, err, ErrGone, name)
+				require.ErrorIs(t, errPeek, ErrGone, name)
 			}
 			it.Release()
 		}
@@ -243,7 +251,7 @@ func TestWalkWhileTheTreeMoves(t *testing.T) {
 	inTime(t, func() {
 		require.NoError(t, v.Walk(context.Background(), func(it *Item) error {
 			require.True(t, it.Err == nil || errors.Is(it.Err, ErrMoved) || errors.Is(it.Err, ErrGone), "%v", it.Err)
-			if !moved && strings.Count(it.Path, "/") > walkOpen+10 {
+			if !moved && strings.Count(it.Path(), "/") > walkOpen+10 {
 				moved = true
 				half := openDir(t, openDir(t, r, "down"), "down")
 				require.NoError(t, half.Rename("down", openDir(t, r, "elsewhere"), "x", 0))
@@ -282,9 +290,10 @@ func TestWalkReportsWhatVanished(t *testing.T) {
 			met := ""
 			gone := map[string]error{}
 			require.NoError(t, v.Walk(context.Background(), func(it *Item) error {
+				_, _, err := it.Peek()
 				switch {
-				case it.Err != nil:
-					gone[it.Path] = it.Err
+				case it.Err != nil || err != nil:
+					gone[it.Path()] = err
 				case met == "": // both are listed by now
 					met = it.Name
 					return change(storedPath(t, sub, map[string]string{"a": "b", "b": "a"}[met]))
@@ -311,11 +320,57 @@ func TestWalkReportsARemovedDirectory(t *testing.T) {
 			gone = append(gone, it.Err)
 		} else if !met {
 			met = true
-			other := map[string]string{"a/f": "b", "b/f": "a"}[it.Path]
+			other := map[string]string{"a/f": "b", "b/f": "a"}[it.Path()]
 			return os.RemoveAll(filepath.Join(v.Path(), other))
 		}
 		return nil
 	}))
 	require.Len(t, gone, 1)
 	require.ErrorIs(t, gone[0], ErrGone)
+}
+
+// WalkBelow meets what stands at a stored path, and nothing beside it.
+func TestWalkBelow(t *testing.T) {
+	v, _ := newVolume(t, NamesPlain)
+	r := root(t, v)
+	sub := mkdir(t, r, "sub")
+	deep := mkdir(t, sub, "deep")
+	for _, d := range []*Dir{r, sub, deep} {
+		touch(t, d, "f", "x")
+		touch(t, d, "g", "x")
+	}
+	require.NoError(t, r.Symlink("sub", "link"))
+	below := func(stored string) (paths []string) {
+		dir, err := v.WalkBelow(context.Background(), stored, func(it *Item) error {
+			_, _, err := it.Peek()
+			require.NoError(t, err)
+			paths = append(paths, it.Path())
+			return nil
+		})
+		require.NoError(t, err)
+		require.Equal(t, len(paths) > 1, dir)
+		sort.Strings(paths)
+		return paths
+	}
+	before := openFDs(t)
+	require.Equal(t, []string{"sub/deep/f", "sub/deep/g", "sub/f", "sub/g"}, below("sub"))
+	require.Equal(t, []string{"sub/deep/f", "sub/deep/g"}, below("sub/deep"))
+	require.Equal(t, []string{"sub/f"}, below("sub/f"))
+	require.Empty(t, below("link"), "a symlink leads nowhere")
+	require.Empty(t, below("kmsfs.toml"), "our own files are not the user's")
+	for _, bad := range []string{"", "/", "..", "sub/../sub", "/sub"} {
+		_, err := v.WalkBelow(context.Background(), bad, func(*Item) error { return nil })
+		require.Error(t, err, bad)
+	}
+	for _, gone := range []string{"absent", "absent/x", "sub/absent", "sub/f/x", "link/f"} {
+		met := 0
+		_, err := v.WalkBelow(context.Background(), gone, func(it *Item) error {
+			require.ErrorIs(t, it.Err, ErrGone)
+			met++
+			return nil
+		})
+		require.NoError(t, err)
+		require.Equal(t, 1, met, gone)
+	}
+	require.Equal(t, before, openFDs(t))
 }

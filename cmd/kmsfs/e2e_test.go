@@ -145,7 +145,7 @@ func TestRekeyJSONAndBadFile(t *testing.T) {
 	require.Equal(t, filepath.Base(victim), events["file"]["path"])
 	require.Equal(t, "bad", events["file"]["outcome"])
 	require.Equal(t, true, events["done"]["done"])
-	require.EqualValues(t, 1, events["done"]["rewrapped"])
+	require.EqualValues(t, 1, events["done"]["changed"])
 }
 
 // The whole trip on KMS: init, mount, rekey in a region with one ReEncrypt a file,
@@ -463,8 +463,13 @@ func TestUsage(t *testing.T) {
 	for _, args := range [][]string{{"mount"}, {"mount", "x"}, {"bogus"}, {"mount", "--bogus", "a", "b"}, {"umount"}, {"rekey", "x"}, {"version", "x"}, {"mount", "a", "b", "-o", "bogus"}} {
 		c.bad(exitUsage, nil, args...)
 	}
-	for _, flag := range []string{"--add", "--remove", "--refresh", "--via", "--shard", "--verify"} {
-		c.bad(exitUsage, []string{"unknown flag"}, "rekey", "x", flag, "y")
+	for _, args := range [][]string{
+		{"one of --to KEY", "--yes"}, {"one of --to KEY", "--to", "local:a", "--add", "local:b"}, {"one of --to KEY", "--remove", "local:a", "--refresh"},
+		{"--via goes with", "--remove", "local:a", "--via", "local:b"}, {"--shard", "--to", "local:a", "--shard", "5/4"},
+		{"--prepare comes once", "--to", "local:a", "--shard", "1/4", "--prepare"}, {"--jobs", "--to", "local:a", "--jobs", "0"},
+		{"negative", "--to", "local:a", "--max-rps", "-1"}, {"unknown flag", "--to", "local:a", "--bogus"}, {"--yes", "--to", "local:a"},
+	} {
+		c.bad(exitUsage, args[:1], append([]string{"rekey", "x"}, args[1:]...)...)
 	}
 	c.write(c.path("config/kmsfs/config.toml"), "\nrequire_kmz = true\n")
 	c.bad(exitUsage, []string{"config.toml:2: unknown key \"require_kmz\""}, "version")

@@ -2,18 +2,10 @@ package main
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
-	"fmt"
-	"maps"
 	"os/signal"
 	"slices"
-	"strings"
-	"sync"
 	"syscall"
-	"time"
 
-	"github.com/schollz/progressbar/v3"
 	"github.com/spf13/cobra"
 
 	"kmsfs/config"
@@ -23,37 +15,65 @@ import (
 )
 
 type rekeyFlags struct {
-	to, from            string
-	accept              []string
-	jobs                int
-	maxRPS              float64
-	dryRun, asJSON, yes bool
+	to, add, remove string
+	refresh         bool
+	from, via       string
+	accept          []string
+	verify, prepare bool
+	shard           string
+	jobs            int
+	maxRPS          float64
+	dryRun, asJSON  bool
+	yes             bool
+
+	action rekey.Action
+	key    string // --to, --add or --remove, or --from of a refresh
+	part   rekey.Shard
 }
 
 func (p *program) rekeyCommand() *cobra.Command {
 	var f rekeyFlags
 	cmd := &cobra.Command{
-		Use:   "rekey DIR --to KEY",
+		Use:   "rekey DIR --to KEY | --add KEY | --remove KEY | --refresh",
 		Short: "Move a volume to another key without touching contents",
-		Long: `Put the data key of every file in the backing directory DIR under KEY. Contents
-are not touched, and the data keys stay what they are: inside one region KMS does it
-by ReEncrypt, and no plaintext key ever leaves it.
+		Long: `Change under which keys the data keys of the files in the backing directory DIR
+stand. Contents are not touched, and the data keys stay what they are.
 
-It is safe to stop at any point and to run again, and works on a live mount:
+  --to KEY      the copy under the old key is replaced by one under KEY
+  --add KEY     every file gets a copy under KEY besides; KEY becomes that of new files
+  --remove KEY  the copy under KEY goes, where another proves to be good; never the last
+  --refresh     the copy is wrapped again, by the newest material of the same key
+
+From one region to another in two steps, with a check between them:
+  kmsfs rekey DIR --add NEW --verify       then mount and use the tree over there
+  kmsfs rekey DIR --remove OLD
+
+The way is chosen from the keys' names, and the plan shows it. Inside a region KMS
+does all by ReEncrypt, and no plaintext key leaves it. Between regions a data key is
+decrypted in one and encrypted in the other by this process, unless --via names a
+multi-Region key with a replica in both: then it is ReEncrypt twice. From a
+multi-Region key to its own replica only the label changes.
+
+It is safe to stop at any point and to run again, by several at once too, and works
+on a live mount:
   1. the new key goes into kmsfs.toml, in first place
   2. a live mount adopts it
-  3. every header is moved, until a full pass finds nothing under the old key
+  3. every header is changed, until a full pass finds nothing under the old key
   4. the backing store is synced
   5. only then the old key leaves kmsfs.toml
 A file that fails is reported and does not stop the rest; the old key then stays,
 and running the same command again goes on.
 
+For many workers: run it once with --prepare (steps 1 and 2), then everywhere with
+--shard 1/N to N/N (a part of step 3), then once with neither, which finds what is
+left, verifies that nothing is, and closes.
+
 What rekey does not do: it never changes a data key. If data keys have leaked, copy
 the files on the mount and rename the copies over them. Old headers in backups
 still open with the old key.
 
-Needs kms:ReEncryptFrom on the old key and kms:ReEncryptTo on the new one; across
-regions, kms:Decrypt and kms:Encrypt.` + statuses(0, 1, 2, 3, 4, 5, 6),
+Needs kms:ReEncryptFrom on the old key and kms:ReEncryptTo on the new one; between
+regions without --via kms:Decrypt and kms:Encrypt; for --verify kms:Decrypt.` + statuses(0, 1, 2, 3, 4, 5, 6),
 		Args: exactly(1, "DIR"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := f.fill(cmd, p.cfg.Rekey); err != nil {
@@ -64,16 +84,27 @@ regions, kms:Decrypt and kms:Encrypt.` + statuses(0, 1, 2, 3, 4, 5, 6),
 			return p.rekey(ctx, args[0], f)
 		},
 	}
+	f.register(cmd)
+	return cmd
+}
+
+func (f *rekeyFlags) register(cmd *cobra.Command) {
 	fl := cmd.Flags()
-	fl.StringVar(&f.to, "to", "", "the new `KEY`")
-	fl.StringVar(&f.from, "from", "", "replace only copies under `KEY`, and trust it; needed if there are several")
+	fl.StringVar(&f.to, "to", "", "move to the new `KEY`")
+	fl.StringVar(&f.add, "add", "", "add a copy under `KEY`")
+	fl.StringVar(&f.remove, "remove", "", "drop the copies under `KEY`")
+	fl.BoolVar(&f.refresh, "refresh", false, "wrap again with the newest key material of the same key")
+	fl.StringVar(&f.from, "from", "", "work from the copies under `KEY`, and trust it; needed if there are several")
+	fl.StringVar(&f.via, "via", "", "go from region to region by way of the multi-Region `KEY`")
 	fl.StringArrayVar(&f.accept, "accept-key", nil, "trust `KEY` although it is new in the volume's list; may be repeated")
-	fl.IntVar(&f.jobs, "jobs", 0, "move `N` files at a time")
+	fl.BoolVar(&f.verify, "verify", false, "decrypt every copy under the new key and check it against its file's commitment")
+	fl.BoolVar(&f.prepare, "prepare", false, "only put the new key into kmsfs.toml and have live mounts adopt it")
+	fl.StringVar(&f.shard, "shard", "", "change only the part `I/N` of the files, I from 1 to N")
+	fl.IntVar(&f.jobs, "jobs", 0, "change `N` files at a time")
 	fl.Float64Var(&f.maxRPS, "max-rps", 0, "send at most `N` requests a second to KMS; its quota is shared by the whole account")
 	fl.BoolVar(&f.dryRun, "dry-run", false, "show the plan and change nothing")
 	fl.BoolVar(&f.asJSON, "json", false, "report events, one JSON object a line")
 	fl.BoolVar(&f.yes, "yes", false, "do not ask; required without a terminal")
-	return cmd
 }
 
 func (f *rekeyFlags) fill(cmd *cobra.Command, c config.Rekey) error {
@@ -83,15 +114,61 @@ func (f *rekeyFlags) fill(cmd *cobra.Command, c config.Rekey) error {
 	if !cmd.Flags().Changed("max-rps") {
 		f.maxRPS = c.MaxRPS
 	}
+	if !cmd.Flags().Changed("verify") {
+		f.verify = c.Verify
+	}
+	if err := f.choose(); err != nil {
+		return err
+	}
 	switch {
-	case f.to == "":
-		return usage("kmsfs rekey wants --to KEY")
 	case f.jobs < 1 || f.jobs > 1024:
 		return usage("--jobs is 1 to 1024, not %d", f.jobs)
 	case f.maxRPS < 0:
 		return usage("--max-rps can't be negative")
+	case f.via != "" && f.action != rekey.Move && f.action != rekey.Add:
+		return usage("--via goes with --to and --add only")
+	case f.shard != "" && f.prepare:
+		return usage("--prepare comes once before all workers, --shard is for each of them")
+	}
+	if f.shard == "" {
+		return nil
+	}
+	var err error
+	if f.part, err = rekey.ParseShard(f.shard); err != nil {
+		return usage("--shard: %v", err)
 	}
 	return nil
+}
+
+// choose makes one action of four flags.
+func (f *rekeyFlags) choose() error {
+	chosen := 0
+	for action, key := range map[rekey.Action]string{rekey.Move: f.to, rekey.Add: f.add, rekey.Remove: f.remove} {
+		if key != "" {
+			chosen++
+			f.action, f.key = action, key
+		}
+	}
+	if f.refresh {
+		chosen++
+		f.action, f.key = rekey.Refresh, f.from
+	}
+	if chosen != 1 {
+		return usage("kmsfs rekey wants one of --to KEY, --add KEY, --remove KEY and --refresh")
+	}
+	return nil
+}
+
+// command is this run as a person would repeat it.
+func (f *rekeyFlags) command(dir string, more ...string) string {
+	args := []string{"kmsfs", "rekey", dir, "--" + f.action.String()}
+	if f.action != rekey.Refresh {
+		args = append(args, f.key)
+	}
+	if f.via != "" {
+		args = append(args, "--via", f.via)
+	}
+	return commandLine(append(args, more...)...)
 }
 
 func (p *program) rekey(ctx context.Context, dir string, f rekeyFlags) error {
@@ -107,7 +184,8 @@ func (p *program) rekey(ctx context.Context, dir string, f rekeyFlags) error {
 	if text := v.Warning(); text != "" {
 		p.warn("%s", text)
 	}
-	provider, err := p.provider()
+	pacer := keys.NewPacer(f.maxRPS)
+	provider, err := p.pacedProvider(pacer)
 	if err != nil {
 		return err
 	}
@@ -118,13 +196,16 @@ func (p *program) rekey(ctx context.Context, dir string, f rekeyFlags) error {
 	if err != nil {
 		return err
 	}
-	show := &rekeyShow{program: p, asJSON: f.asJSON, dir: dir}
-	report, err := rekey.Run(ctx, v, newRewrapper(provider, v.ID()), rekey.Options{
-		To: f.to, From: f.from, Trusted: d.Trusted, Jobs: f.jobs, MaxRPS: f.maxRPS, DryRun: f.dryRun,
+	show := &rekeyShow{program: p, flags: f, dir: dir, pacer: pacer}
+	named := slices.Concat(d.Trusted, []string{f.key, f.from})
+	report, err := rekey.Run(ctx, v, newRewrapper(provider, v.ID(), f.via), rekey.Options{
+		Action: f.action, Key: f.key, From: f.from, Trusted: d.Trusted, Jobs: f.jobs,
+		Verify: f.verify, DryRun: f.dryRun, Prepare: f.prepare, Shard: f.part,
 		Confirm: func(plan rekey.Plan) error { return show.confirm(plan, f.yes) },
 		Event:   show.event,
-		Pin:     func(list []string) error { return repin(v, list, slices.Concat(d.Trusted, []string{f.to, f.from})) },
+		Pin:     func(list []string) error { return repin(v, list, named) },
 		Reload:  func(ctx context.Context) error { return reloadMounts(ctx, dir, v.ID().String()) },
+		Watch:   func(ctx context.Context) (rekey.Watch, error) { return watchMounts(ctx, dir, v.ID().String()) },
 	})
 	show.stop()
 	if f.dryRun && err == nil {
@@ -136,7 +217,7 @@ func (p *program) rekey(ctx context.Context, dir string, f rekeyFlags) error {
 
 // rekeyKeys resolves aliases once, so that the volume never depends on one.
 func (p *program) rekeyKeys(ctx context.Context, provider keys.Provider, f *rekeyFlags) error {
-	for _, name := range []*string{&f.to, &f.from} {
+	for _, name := range []*string{&f.key, &f.from, &f.via} {
 		if *name == "" {
 			continue
 		}
@@ -154,11 +235,11 @@ func (p *program) rekeyKeys(ctx context.Context, provider keys.Provider, f *reke
 // rekeyTrust decides which keys a copy may be taken from. It does not open the
 // volume key: who moves a tree inside a region need not be able to read it.
 func (p *program) rekeyTrust(ctx context.Context, v *volume.Volume, provider keys.Provider, dir string, f rekeyFlags) (verdict, error) {
-	ask := trustRequest{Extra: []string{f.to}, Accept: f.accept, Command: func(more ...string) string {
-		return commandLine(append([]string{"kmsfs", "rekey", dir, "--to", f.to}, more...)...)
-	}}
-	if f.from != "" {
-		ask.Extra = append(ask.Extra, f.from)
+	ask := trustRequest{Extra: []string{}, Accept: f.accept, Command: func(more ...string) string { return f.command(dir, more...) }}
+	for _, key := range []string{f.key, f.from} {
+		if key != "" && !slices.Contains(ask.Extra, key) {
+			ask.Extra = append(ask.Extra, key)
+		}
 	}
 	d, err := p.decide(v, ask)
 	if err == nil && !f.dryRun {
@@ -191,168 +272,4 @@ func repin(v *volume.Volume, list, trusted []string) error {
 		pins[c.ID] = *next
 		return nil
 	})
-}
-
-// rekeyShow tells a person, or a program, how a rekey goes.
-type rekeyShow struct {
-	*program
-	asJSON bool
-	dir    string
-
-	mu   sync.Mutex
-	bar  *progressbar.ProgressBar // guarded by mu; nil without a terminal
-	done int                      // guarded by mu; files of this pass
-	told time.Time                // guarded by mu; of the last progress event
-}
-
-// progressEvery is how often --json reports progress.
-const progressEvery = time.Second
-
-func (s *rekeyShow) json(v any) { _ = json.NewEncoder(s.out).Encode(v) }
-
-func (s *rekeyShow) plan(plan rekey.Plan) {
-	if s.asJSON {
-		s.json(struct {
-			Event string `json:"event"`
-			rekey.Plan
-		}{"plan", plan})
-		return
-	}
-	s.say("plan for %s: %d files, %d headers to move to %s", s.dir, plan.Files, plan.Change, plan.To)
-	for _, key := range slices.Sorted(maps.Keys(plan.Headers)) {
-		s.say("  now under %s: %d", key, plan.Headers[key])
-	}
-	for _, r := range plan.Routes {
-		s.say("  %s: %d files, %s, %d KMS requests a file%s", r.From, r.Files, r.Name, r.Calls, plaintextNote(r.Plaintext))
-	}
-	if plan.Bad > 0 {
-		s.say("  without a header that can be moved: %d", plan.Bad)
-	}
-	s.say("  KMS requests: %d, about $%.2f", plan.Calls, plan.Price)
-}
-
-func plaintextNote(plaintext bool) string {
-	if plaintext {
-		return ", data keys pass through this process in plaintext"
-	}
-	return ""
-}
-
-var errDeclined = errors.New("nothing was changed")
-
-func (s *rekeyShow) confirm(plan rekey.Plan, yes bool) error {
-	if !yes || s.asJSON {
-		s.plan(plan)
-	}
-	if !yes && !s.program.confirm("Go on?") {
-		return errDeclined
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if isTerminal(s.err) && !s.asJSON {
-		s.bar = progressbar.NewOptions(plan.Files, progressbar.OptionSetWriter(s.err), progressbar.OptionSetDescription("rekey"),
-			progressbar.OptionShowCount(), progressbar.OptionShowIts(), progressbar.OptionSetItsString("files"), progressbar.OptionClearOnFinish())
-	}
-	return nil
-}
-
-func (s *rekeyShow) event(e rekey.Event) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	switch e.Kind {
-	case "pass":
-		s.done = 0
-		if s.bar != nil {
-			s.bar.Reset()
-		}
-	case "file":
-		s.fileLocked(e)
-		return
-	}
-	if s.asJSON {
-		s.json(e)
-	}
-}
-
-func (s *rekeyShow) fileLocked(e rekey.Event) {
-	s.done++
-	bad := e.Outcome == rekey.Bad || e.Outcome == rekey.Failed
-	switch {
-	case s.asJSON && bad:
-		s.json(struct {
-			rekey.Event
-			Error string `json:"error"`
-		}{e, sentence(e.Err)})
-	case s.asJSON && time.Since(s.told) > progressEvery:
-		s.told = time.Now()
-		s.json(struct {
-			Event string `json:"event"`
-			Pass  int    `json:"pass"`
-			Files int    `json:"files"`
-		}{"progress", e.Pass, s.done})
-	case s.bar != nil:
-		_ = s.bar.Add(1)
-	}
-}
-
-func (s *rekeyShow) stop() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.bar != nil {
-		_ = s.bar.Finish()
-	}
-}
-
-// finish says what was done, and decides the status.
-func (s *rekeyShow) finish(r rekey.Report, err error) error {
-	if s.asJSON {
-		s.jsonReport(r, err)
-	} else {
-		s.report(r)
-	}
-	switch {
-	case errors.Is(err, errDeclined):
-		return fail(exitUsage, "", "the rekey of %s was declined: %w", s.dir, err)
-	case err != nil:
-		return fmt.Errorf("rekeying %s: %w", s.dir, err)
-	case !r.Done:
-		return fail(exitPartial, "mend what is named above and run the same command again; the old key is still needed", "%d of the files of %s could not be moved", r.Failed, s.dir)
-	case r.Bad > 0:
-		return fail(exitPartial, "restore or delete those files", "%d files of %s have no valid header under a trusted key and were left as they are", r.Bad, s.dir)
-	}
-	return nil
-}
-
-func (s *rekeyShow) jsonReport(r rekey.Report, err error) {
-	out := struct {
-		Event     string   `json:"event"`
-		Done      bool     `json:"done"`
-		Rewrapped int      `json:"rewrapped"`
-		Already   int      `json:"already"`
-		Bad       int      `json:"bad"`
-		Failed    int      `json:"failed"`
-		Calls     int      `json:"calls"`
-		Passes    int      `json:"passes"`
-		Retired   []string `json:"retired_keys,omitempty"`
-		Error     string   `json:"error,omitempty"`
-	}{"done", r.Done, r.Rewrapped, r.Already, r.Bad, r.Failed, r.Calls, r.Passes, r.Retired, ""}
-	if err != nil {
-		out.Error = sentence(err)
-	}
-	s.json(out)
-}
-
-func (s *rekeyShow) report(r rekey.Report) {
-	for _, problem := range r.Problems {
-		fmt.Fprintf(s.err, "kmsfs: %s: %s: %s\n", problem.Path, problem.Outcome, sentence(problem.Err))
-	}
-	if n := r.Failed + r.Bad - len(r.Problems); n > 0 {
-		fmt.Fprintf(s.err, "kmsfs: and %d more\n", n)
-	}
-	if r.Passes > 0 {
-		s.say("moved %d headers of %s to %s with %d KMS requests in %d passes", r.Rewrapped, s.dir, r.Plan.To, r.Calls, r.Passes)
-	}
-	if r.Done && len(r.Retired) > 0 {
-		s.say("this tree no longer needs %s; copies of old headers elsewhere, in backups say, still do", strings.Join(r.Retired, " and "))
-	}
 }

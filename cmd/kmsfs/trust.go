@@ -255,11 +255,14 @@ func (r *trustRequest) unknown() (verdict, error) {
 
 // naming are the arguments that trust exactly what the volume lists now.
 func (r *trustRequest) naming() (args []string) {
-	flag := "--key"
-	if r.Extra != nil { // a rekey has no --key
+	flag, strange := "--key", missing(r.Extra, r.claim.Keys)
+	switch { // a rekey has no --key, and only one --from
+	case r.Extra != nil && len(strange) == 1:
 		flag = "--from"
+	case r.Extra != nil:
+		flag = "--accept-key"
 	}
-	for _, k := range missing(r.Extra, r.claim.Keys) {
+	for _, k := range strange {
 		args = append(args, flag, k)
 	}
 	return args

@@ -126,8 +126,8 @@ func (p *program) newVolumeKey(ctx context.Context, provider keys.Provider, bloc
 // rewrapper gives package rekey what it needs of package keys.
 type rewrapper struct{ *keys.Rewrapper }
 
-func newRewrapper(provider keys.Provider, id crypt.VolumeID) rekey.Rewrapper {
-	return rewrapper{keys.NewRewrapper(provider, id)}
+func newRewrapper(provider keys.Provider, id crypt.VolumeID, via string) rekey.Rewrapper {
+	return rewrapper{keys.NewRewrapperVia(provider, id, via)}
 }
 
 // Route implements rekey.Rewrapper.

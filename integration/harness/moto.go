@@ -40,8 +40,9 @@ var moto struct {
 }
 
 // Moto points this world at a moto_server, a KMS that was not written by the
-// authors of kmsfs, and returns the function that makes a key.
-func (e *Env) Moto() (newKey func() string) {
+// authors of kmsfs, and returns the function that makes a key, in the usual region
+// or in the one given.
+func (e *Env) Moto() (newKey func(region ...string) string) {
 	e.T.Helper()
 	moto.once.Do(func() { moto.endpoint, moto.err = startMoto() })
 	require.NoError(e.T, moto.err, "these tests need moto_server")
@@ -52,9 +53,13 @@ func (e *Env) Moto() (newKey func() string) {
 			return aws.Credentials{AccessKeyID: e.Var("AWS_ACCESS_KEY_ID"), SecretAccessKey: e.Var("AWS_SECRET_ACCESS_KEY")}, nil
 		}),
 	})
-	return func() string {
+	return func(region ...string) string {
 		e.T.Helper()
-		out, err := client.CreateKey(context.Background(), &awskms.CreateKeyInput{})
+		out, err := client.CreateKey(context.Background(), &awskms.CreateKeyInput{}, func(o *awskms.Options) {
+			if len(region) > 0 {
+				o.Region = region[0]
+			}
+		})
 		require.NoError(e.T, err)
 		return aws.ToString(out.KeyMetadata.Arn)
 	}

@@ -1,6 +1,8 @@
 package harness
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -172,27 +174,42 @@ func HeaderOf(path string) (*crypt.Header, error) {
 }
 
 // KeysOf counts the headers under each key, over the whole volume; files with
-// bytes and without a header are under "".
+// bytes and without a header are under "". A program may be at work meanwhile.
 func (v *Volume) KeysOf() map[string]int {
 	t := v.Env.T
 	t.Helper()
 	count := map[string]int{}
-	walk(t, v.Dir, func(path string, st *unix.Stat_t) {
-		if st.Mode&unix.S_IFMT != unix.S_IFREG || ours(v.Dir, path) {
-			return
+	err := filepath.WalkDir(v.Dir, func(path string, entry os.DirEntry, err error) error {
+		if err == nil && entry.Type().IsRegular() && !ours(v.Dir, path) {
+			err = countKeys(count, path)
 		}
-		h, err := HeaderOf(path)
-		require.NoError(t, err, path)
-		switch {
-		case h != nil:
-			for _, c := range h.Copies {
-				count[c.Key]++
-			}
-		case st.Size > 0:
-			count[""]++
+		if errors.Is(err, unix.ENOENT) {
+			return nil
 		}
+		return err
 	})
+	require.NoError(t, err)
 	return count
+}
+
+func countKeys(count map[string]int, path string) error {
+	h, err := HeaderOf(path)
+	if err != nil {
+		return fmt.Errorf("the header of %s: %w", path, err)
+	}
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		return err
+	}
+	switch {
+	case h != nil:
+		for _, c := range h.Copies {
+			count[c.Key]++
+		}
+	case st.Size > 0:
+		count[""]++
+	}
+	return nil
 }
 
 // ours reports whether path is one of the volume's own files at its root.

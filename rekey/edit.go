@@ -1,0 +1,280 @@
+package rekey
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	"kmsfs/crypt"
+)
+
+// A source is a copy to work from. The label is the header's own, which whoever
+// writes the backing directory may have changed (a multi-Region key's label can
+// name any region): it only finds the copy. The key is the client's name for it,
+// and is what is routed by and called.
+type source struct{ label, key string }
+
+// An edit is what is to be done with one header.
+type edit struct {
+	from []source // copies to make the new one from, best first; of Remove those of which one must be proven
+	drop []string // labels that leave
+}
+
+// edit decides by the header alone; no key service is asked, and whatever the
+// header claims only selects from the trusted list. Nothing is to be done if there
+// is an outcome.
+func (j *job) edit(h *crypt.Header) (e edit, out Outcome, err error) {
+	switch j.o.Action {
+	case Add:
+		return j.editAdd(h)
+	case Remove:
+		return j.editRemove(h)
+	case Refresh:
+		return j.editFrom(j.copyUnder(h, j.o.Key))
+	}
+	if j.o.From != "" {
+		return j.editFrom(j.copyUnder(h, j.o.From))
+	}
+	return j.editOnly(h)
+}
+
+// editFrom replaces one copy.
+func (j *job) editFrom(from source) (edit, Outcome, error) {
+	if from.label == "" {
+		return edit{}, Already, nil
+	}
+	return edit{from: []source{from}, drop: []string{from.label, j.o.Key}}, "", nil
+}
+
+// editOnly replaces the only copy that is not under the new key.
+func (j *job) editOnly(h *crypt.Header) (edit, Outcome, error) {
+	var others []string
+	for _, c := range h.Copies {
+		if c.Key != j.o.Key {
+			others = append(others, c.Key)
+		}
+	}
+	switch {
+	case len(others) == 0:
+		return edit{}, Already, nil
+	case len(others) > 1:
+		return edit{}, Failed, fmt.Errorf("its header has copies under %s: %w", strings.Join(others, " and "), ErrAmbiguous)
+	}
+	key := j.trusted(others[0])
+	if key == "" {
+		return edit{}, Bad, fmt.Errorf("its header is under %s: %w", others[0], ErrUntrusted)
+	}
+	return j.editFrom(source{others[0], key})
+}
+
+func (j *job) editAdd(h *crypt.Header) (edit, Outcome, error) {
+	if exact(h, j.o.Key) != nil {
+		return edit{}, Already, nil
+	}
+	from := j.sources(h)
+	if len(from) == 0 {
+		return edit{}, Bad, fmt.Errorf("its header is under %s: %w", labels(h), ErrUntrusted)
+	}
+	return edit{from: from}, "", nil
+}
+
+func (j *job) editRemove(h *crypt.Header) (e edit, out Outcome, err error) {
+	for _, c := range h.Copies {
+		if j.leaves(c.Key) {
+			e.drop = append(e.drop, c.Key)
+		}
+	}
+	if len(e.drop) == 0 {
+		return e, Already, nil
+	}
+	if e.from = j.sources(h); len(e.from) == 0 {
+		return e, Failed, fmt.Errorf("its header is under %s: %w", labels(h), ErrLastCopy)
+	}
+	return e, "", nil
+}
+
+// sources are the copies under trusted keys that stay, the one under --from first,
+// then by what it costs to get a copy under Key from it.
+func (j *job) sources(h *crypt.Header) (list []source) {
+	for _, c := range h.Copies {
+		if key := j.trusted(c.Key); key != "" && !j.leaves(c.Key) && c.Key != j.o.Key {
+			list = append(list, source{c.Key, key})
+		}
+	}
+	slices.SortStableFunc(list, func(a, b source) int { return cmp.Compare(j.cost(a.key), j.cost(b.key)) })
+	return list
+}
+
+// cost ranks the keys to work from.
+func (j *job) cost(key string) int {
+	if key == j.o.From {
+		return -1
+	}
+	if j.o.Action == Remove { // any of them will do: as the client lists them
+		return slices.Index(j.o.Trusted, key)
+	}
+	route, err := j.rw.Route(key, j.o.Key)
+	switch {
+	case err != nil:
+		return 100
+	case route.Plaintext:
+		return 10 + route.Calls
+	}
+	return route.Calls
+}
+
+func labels(h *crypt.Header) string {
+	var list []string
+	for _, c := range h.Copies {
+		list = append(list, c.Key)
+	}
+	return strings.Join(list, " and ")
+}
+
+// copyUnder finds the copy under key, the one with its own label before those
+// labelled as a replica.
+func (j *job) copyUnder(h *crypt.Header, key string) source {
+	if exact(h, key) != nil {
+		return source{key, key}
+	}
+	for _, c := range h.Copies {
+		if (c.Key != j.o.Key) && j.trusted(c.Key) == key {
+			return source{c.Key, key}
+		}
+	}
+	return source{}
+}
+
+// apply asks the key service and returns the header as it shall be.
+func (j *job) apply(ctx context.Context, h *crypt.Header, e edit) (*crypt.Header, error) {
+	if j.o.Action == Remove {
+		if err := j.prove(ctx, h, e.from); err != nil {
+			return nil, err
+		}
+		return dropCopies(h, e.drop...), nil
+	}
+	c, _, err := j.rewrapFrom(ctx, h, e.from)
+	if err != nil {
+		return nil, err
+	}
+	next := putCopy(h, c, e.drop...)
+	if j.o.Verify {
+		if err := j.verify(ctx, next); err != nil {
+			return nil, err
+		}
+	}
+	return next, nil
+}
+
+// rewrapFrom makes the new copy from the first of the sources that can.
+func (j *job) rewrapFrom(ctx context.Context, h *crypt.Header, from []source) (c crypt.Copy, used source, first error) {
+	for _, s := range from {
+		c, err := j.rewrap(ctx, h, s)
+		if err == nil {
+			return c, s, nil
+		}
+		if first == nil {
+			first = fmt.Errorf("rewrapping its key from %s to %s: %w", s.key, j.o.Key, err)
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return c, used, first
+}
+
+// rewrap is the one place that makes copies.
+func (j *job) rewrap(ctx context.Context, h *crypt.Header, from source) (c crypt.Copy, err error) {
+	route, err := j.rw.Route(from.key, j.o.Key)
+	if err != nil {
+		return c, err
+	}
+	only := h.Clone() // two labels may mean one key: leave no choice of the copy
+	only.Copies = []crypt.Copy{*exact(h, from.label)}
+	err = j.ask(route.Calls, func() error {
+		c, err = j.rw.Rewrap(ctx, only, from.key, j.o.Key)
+		return err
+	})
+	if err == nil && c.Key != j.o.Key {
+		err = fmt.Errorf("the key service answered for %s: %w", c.Key, crypt.ErrKeyRejected)
+	}
+	return c, err
+}
+
+// verify decrypts the copy under the new key.
+func (j *job) verify(ctx context.Context, h *crypt.Header) error {
+	err := j.ask(billed(j.o.Key), func() error { return j.rw.Verify(ctx, h, j.o.Key) })
+	if err != nil {
+		return fmt.Errorf("verifying its copy under %s: %w", j.o.Key, err)
+	}
+	j.verified.Add(1)
+	return nil
+}
+
+// prove finds one of the copies to be good, so that another may go.
+func (j *job) prove(ctx context.Context, h *crypt.Header, from []source) error {
+	test := j.rw.Prove
+	if j.o.Verify {
+		test = j.rw.Verify
+	}
+	var first error
+	for _, s := range from {
+		only := h.Clone()
+		only.Copies = []crypt.Copy{*exact(h, s.label)}
+		err := j.ask(billed(s.key), func() error { return test(ctx, only, s.key) })
+		if err == nil {
+			return nil
+		}
+		if first == nil {
+			first = fmt.Errorf("proving its copy under %s, before the one under %s goes: %w", s.key, j.o.Key, err)
+		}
+	}
+	return first
+}
+
+// ask counts what is asked of the key service, and its refusals in a row.
+func (j *job) ask(calls int, f func() error) error {
+	j.calls.Add(int64(calls))
+	if err := f(); err != nil {
+		j.failures.Add(1)
+		return err
+	}
+	j.failures.Store(0)
+	return nil
+}
+
+// billed is the number of requests that one operation under a key costs.
+func billed(key string) int {
+	if strings.HasPrefix(key, crypt.LocalPrefix) {
+		return 0
+	}
+	return 1
+}
+
+// exact finds the copy labelled key and no other: two replicas of a multi-Region
+// key are one key to readers, but a rekey moves from one label to another.
+func exact(h *crypt.Header, key string) *crypt.Copy {
+	for i := range h.Copies {
+		if h.Copies[i].Key == key {
+			return &h.Copies[i]
+		}
+	}
+	return nil
+}
+
+// putCopy puts c first and drops the copies labelled drop.
+func putCopy(h *crypt.Header, c crypt.Copy, drop ...string) *crypt.Header {
+	n := dropCopies(h, drop...)
+	n.Copies = append([]crypt.Copy{c}, n.Copies...)
+	return n
+}
+
+// dropCopies is the header without the copies labelled drop, and without padding.
+func dropCopies(h *crypt.Header, drop ...string) *crypt.Header {
+	n := h.Clone()
+	n.Copies = slices.DeleteFunc(n.Copies, func(c crypt.Copy) bool { return slices.Contains(drop, c.Key) })
+	n.Padding = 0
+	return n
+}

@@ -1,0 +1,105 @@
+package rekey
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+
+	"kmsfs/crypt"
+	"kmsfs/volume"
+)
+
+// plan counts what is to be done. It changes nothing and calls no key service.
+func (j *job) plan(ctx context.Context) (Plan, error) {
+	t, links := newTally(), new(linksSeen)
+	var mu sync.Mutex
+	from := map[string]int{} // headers to change, by the client's name of the key that is worked from
+	verify := 0              // headers that are only verified
+	err := j.each(ctx, j.walk, func(_ context.Context, it *volume.Item) error {
+		f := find(j.tree, links, it)
+		if f.out == "" {
+			var e edit
+			e, f.out, f.err = j.edit(f.h)
+			mu.Lock()
+			switch {
+			case f.again:
+			case f.out == "":
+				from[e.from[0].key]++
+			case f.out == Already && j.verifies(f.h):
+				verify++
+			}
+			mu.Unlock()
+		}
+		t.add(it, f.out, f.err, f.h, f.again)
+		return nil
+	})
+	p := Plan{Action: j.o.Action, Key: j.o.Key, From: j.old, Census: t.now}
+	p.Bad = t.of(Bad) + t.of(Failed)
+	if err != nil {
+		return p, err
+	}
+	p.Calls = verify * billed(j.o.Key)
+	return p, j.price(&p, from)
+}
+
+// verifies reports whether a header with nothing to be done has a copy to verify.
+func (j *job) verifies(h *crypt.Header) bool {
+	return j.o.Verify && j.o.Action != Remove && exact(h, j.o.Key) != nil
+}
+
+// price fills in routes, calls and price.
+func (j *job) price(p *Plan, from map[string]int) error {
+	for _, key := range slices.Sorted(maps.Keys(from)) {
+		route, err := j.route(key)
+		if err != nil {
+			return fmt.Errorf("moving from %s to %s: %w", key, j.o.Key, err)
+		}
+		p.Routes = append(p.Routes, PlanRoute{From: key, Route: route, Files: from[key]})
+		p.Change += from[key]
+		p.Calls += from[key] * route.Calls
+	}
+	if j.o.Shard.whole() {
+		p.Calls += j.volumeCalls()
+	}
+	p.Price = float64(p.Calls) * pricePerCall
+	return nil
+}
+
+// route is the way to a changed header, from a copy under key.
+func (j *job) route(key string) (Route, error) {
+	if j.o.Action == Remove {
+		return Route{Name: "prove this copy, drop the other", Calls: billed(key), Plaintext: true}, nil
+	}
+	route, err := j.rw.Route(key, j.o.Key)
+	if j.o.Verify {
+		route.Calls += billed(j.o.Key)
+		route.Name += ", verified by a decrypt"
+		route.Plaintext = true
+	}
+	return route, err
+}
+
+// volumeCalls is what the volume key's own header costs.
+func (j *job) volumeCalls() int {
+	h := j.tree.Header()
+	if j.o.Action == Remove {
+		if from := j.sources(h); len(from) > 0 {
+			return billed(from[0].key)
+		}
+		return 0
+	}
+	from := j.volumeSources(h)
+	if len(from) == 0 {
+		return 0
+	}
+	route, err := j.rw.Route(from[0].key, j.o.Key)
+	if err != nil {
+		return 0
+	}
+	if route.Calls == 0 { // proven then
+		return billed(j.o.Key)
+	}
+	return route.Calls
+}
