@@ -100,3 +100,39 @@ func onlyEntries(t *testing.T, dir string, want ...string) {
 	}
 	require.Equal(t, want, got)
 }
+
+func TestFile(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "file")
+	write := func(text string) *File {
+		f, err := NewFile(path, 0o640)
+		require.NoError(t, err)
+		_, err = f.Write([]byte(text))
+		require.NoError(t, err)
+		return f
+	}
+	holds := func(want string) {
+		t.Helper()
+		got, err := os.ReadFile(path)
+		require.NoError(t, err)
+		require.Equal(t, want, string(got))
+		list, err := os.ReadDir(dir)
+		require.NoError(t, err)
+		require.Len(t, list, 1, "nothing else is left")
+	}
+	f := write("first")
+	require.NoFileExists(t, path, "before the commit nobody sees it")
+	require.NoError(t, f.Commit(false))
+	holds("first")
+	info, err := os.Stat(path)
+	require.NoError(t, err)
+	require.EqualValues(t, 0o640, info.Mode().Perm())
+	require.ErrorIs(t, write("second").Commit(false), fs.ErrExist)
+	holds("first")
+	require.NoError(t, write("third").Commit(true))
+	holds("third")
+	write("fourth").Discard()
+	holds("third")
+	_, err = NewFile(filepath.Join(dir, "none", "file"), 0o600)
+	require.ErrorIs(t, err, fs.ErrNotExist)
+}

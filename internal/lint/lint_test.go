@@ -38,13 +38,14 @@ const (
 // rooms is the table of ARCHITECTURE.md. cmd and integration introduce the
 // others to one another and may import everything.
 var rooms = map[string]room{
-	"crypt":  {may: []string{tink}, never: []string{goFUSE, aws, toml, "log/slog", module + "/"}},
-	"config": {may: []string{toml, module + "/internal"}, never: []string{goFUSE, aws, module + "/"}},
-	"volume": {may: []string{module + "/crypt", module + "/internal", toml}, never: []string{goFUSE, aws, module + "/keys", module + "/fs"}},
-	"keys":   {may: []string{module + "/crypt", module + "/internal", aws}, never: []string{goFUSE, module + "/volume", module + "/fs"}},
-	"fs":     {may: []string{module + "/crypt", module + "/volume", module + "/internal", goFUSE}, never: []string{aws, module + "/keys", module + "/config"}},
-	"rekey":  {may: []string{module + "/crypt", module + "/volume", module + "/internal"}, never: []string{goFUSE, aws, module + "/keys", module + "/fs"}},
-	"fsck":   {may: []string{module + "/crypt", module + "/volume", module + "/internal"}, never: []string{goFUSE, aws, module + "/keys", module + "/fs"}},
+	"crypt":   {may: []string{tink}, never: []string{goFUSE, aws, toml, "log/slog", module + "/"}},
+	"config":  {may: []string{toml, module + "/internal"}, never: []string{goFUSE, aws, module + "/"}},
+	"volume":  {may: []string{module + "/crypt", module + "/internal", toml}, never: []string{goFUSE, aws, module + "/keys", module + "/fs"}},
+	"keys":    {may: []string{module + "/crypt", module + "/internal", aws}, never: []string{goFUSE, module + "/volume", module + "/fs"}},
+	"fs":      {may: []string{module + "/crypt", module + "/volume", module + "/internal", goFUSE}, never: []string{aws, module + "/keys", module + "/config"}},
+	"rekey":   {may: []string{module + "/crypt", module + "/volume", module + "/internal"}, never: []string{goFUSE, aws, module + "/keys", module + "/fs"}},
+	"headers": {may: []string{module + "/crypt", module + "/volume", module + "/internal"}, never: []string{goFUSE, aws, module + "/keys", module + "/fs"}},
+	"fsck":    {may: []string{module + "/crypt", module + "/volume", module + "/internal"}, never: []string{goFUSE, aws, module + "/keys", module + "/fs"}},
 }
 
 type pkg struct {
