@@ -2,10 +2,10 @@
 SHELL := /bin/bash
 export CGO_ENABLED ?= 1
 
-.PHONY: help setup build test whole short fips fuzz race lint demo clean
+.PHONY: help setup build test whole short fips fuzz race lint demo bench-rekey rekey-kills clean
 
 help: ## print this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## install what tests and demo need and the machine lacks (FUSE tools, sqlite3, moto_server, ...)
 	@scripts/setup.sh test
@@ -33,6 +33,12 @@ race: ## the concurrent packages under the race detector
 
 lint: ## go vet, gofmt, the import table, seeds of fuzz targets
 	go vet ./... && go test ./internal/lint
+
+bench-rekey: setup ## headers a second and peak memory of a rekey, beside a minimal loop and getfattr; FILES=10000,200000
+	go run ./integration/bench rekey -files $(or $(FILES),10000,200000)
+
+rekey-kills: setup ## kill -9 a rekey KILLS (100) times among FILES (20000) files, on KEYS (local or kmstest) keys
+	KMSFS_TEST_KILLS=$(or $(KILLS),100) KMSFS_TEST_FILES=$(or $(FILES),20000) KMSFS_TEST_KEYS=$(or $(KEYS),local) go test -count=1 -timeout 180m -v -run TestRekeyKilledAnywhere ./integration
 
 demo: ## the whole main job on a real tree with a local key; leaves nothing behind
 	@scripts/demo.sh

@@ -176,6 +176,14 @@ func (s *rekeyShow) finish(r rekey.Report, err error) error {
 	return nil
 }
 
+// unless is for files whose headers are lost here and may be had elsewhere.
+func unless(bad int) string {
+	if bad == 0 {
+		return ""
+	}
+	return fmt.Sprintf(", but for an older export of headers to bring back the %d files that have no valid one", bad)
+}
+
 // mend is what to do about files that failed.
 func (s *rekeyShow) mend(r rekey.Report) string {
 	next := "mend what is named above and run the same command again"
@@ -251,7 +259,7 @@ func (s *rekeyShow) conclude(r rekey.Report) {
 	case s.flags.shard != "":
 		s.say("part %s is done; after all parts, run this command once without --shard", s.flags.shard)
 	case len(r.Retired) > 0:
-		s.say("this tree no longer needs %s; copies of old headers elsewhere, in backups say, still do", strings.Join(r.Retired, " and "))
+		s.say("this tree no longer needs %s%s; copies of old headers elsewhere, in backups say, still do", strings.Join(r.Retired, " and "), unless(r.Bad))
 	case r.Plan.Action == rekey.Add:
 		s.say("every file opens under %s now, beside its other keys; new files get a copy under the first key of kmsfs.toml only, so run this again before another key is relied upon", r.Plan.Key)
 	case r.Plan.Action == rekey.Refresh && r.Gone > 0:
