@@ -383,6 +383,55 @@ func TestRekeyByOwner(t *testing.T) {
 	v.Umount()
 }
 
+// TestRekeyFilesOfOthers: what the one who rekeys may not write is named and counted,
+// the rest is done, and the old key stays.
+func TestRekeyFilesOfOthers(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	e := harness.New(t).As(nobody, nobody)
+	one, two := localKey(e, "one"), localKey(e, "two")
+	v := e.Init("volume", "--key", one)
+	v.Mount()
+	e.Shell(`cd "$1"; for n in 1 2 3 4 5; do head -c $n /dev/zero >f$n; done`, v.Mnt)
+	v.Umount()
+	victim := harness.Find(t, v.Dir, func(st *unix.Stat_t) bool { return st.Size == 33 })
+	require.NoError(t, os.Chown(victim, 0, 0))
+	r := e.Refused(statusPartial, []string{"could not be dealt with"}, "rekey", v.Dir, "--to", two, "--yes")
+	require.Contains(t, r.Stderr, filepath.Base(victim)+": failed")
+	require.Contains(t, r.Stdout, "1 headers remain under "+one)
+	require.Equal(t, map[string]int{one: 1, two: 4}, v.KeysOf())
+	require.NoError(t, os.Chown(victim, nobody, nobody))
+	require.Contains(t, e.Must("rekey", v.Dir, "--to", two, "--yes"), "no longer needs "+one)
+	require.Equal(t, map[string]int{two: 5}, v.KeysOf())
+}
+
+// TestRekeyObeysMaxRPS: the ceiling holds over the whole run, and slowness is no
+// failure.
+func TestRekeyObeysMaxRPS(t *testing.T) {
+	e := harness.New(t)
+	kms := e.KMS()
+	first, second := kms.NewKey(), kms.NewKey()
+	v := e.Init("volume", "--key", first)
+	v.Mount()
+	const files, rps = 100, 40
+	for i := range files {
+		require.NoError(t, os.WriteFile(v.Path(fmt.Sprint(i)), []byte("x"), 0o600))
+	}
+	kms.Quiet()
+	kms.Reset()
+	e.Must("rekey", v.Dir, "--to", second, "--yes", "--max-rps", fmt.Sprint(rps))
+	var calls []kmstest.Call
+	for _, c := range kms.Calls() {
+		if c.Op == "ReEncrypt" {
+			calls = append(calls, c)
+		}
+	}
+	require.Len(t, calls, files+1)
+	took := calls[files].Time.Sub(calls[0].Time)
+	require.Greater(t, took, time.Duration(files-rps)*time.Second/rps, "at most %d a second, but for one second's burst", rps)
+}
+
 // TestRekeyKilledAnywhere ends a rekey without a word at random moments, again and
 // again, from one key to the other and back: each time the next run finishes, and
 // every file reads back with the old key out of reach. "make rekey-kills" runs it

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/crypt"
+	"kmsfs/volume"
 )
 
 // under checks that a header has copies under exactly these keys and that each opens.
@@ -503,4 +504,27 @@ func TestSurvey(t *testing.T) {
 	require.Len(t, problems, 1)
 	require.Equal(t, "none", problems[0].Path)
 	require.ErrorIs(t, problems[0].Err, crypt.ErrNoHeader)
+}
+
+// While the key service is asked, nobody is kept from the header.
+func TestNoCallUnderTheHeaderLock(t *testing.T) {
+	s := newStage(t, oldKey)
+	s.file("a", oldKey)
+	asked := 0
+	s.vault.fail = func(h *crypt.Header) error {
+		if h.Use != crypt.UseFile {
+			return nil
+		}
+		asked++
+		fd, err := unix.Open(filepath.Join(s.dir, "a"), unix.O_RDWR, 0)
+		require.NoError(t, err)
+		defer unix.Close(fd)
+		raw := s.bytes("a")
+		return volume.ReplaceHeader(fd, raw, raw) // ErrHeaderBusy if somebody had the lock
+	}
+	r, err := s.run(Options{Verify: true})
+	require.NoError(t, err)
+	require.True(t, r.Done)
+	require.Equal(t, 2, asked, "the rewrap and the verification")
+	s.moved("a")
 }
