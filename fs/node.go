@@ -309,6 +309,14 @@ func (n *node) known(name string) *node {
 	return nil
 }
 
+// inoOf is the backing inode number of the child of that name; 0 if it is not known.
+func (n *node) inoOf(name string) uint64 {
+	if c := n.known(name); c != nil {
+		return c.id.ino
+	}
+	return 0
+}
+
 var _ = (fusefs.NodeOnForgetter)((*node)(nil))
 
 // OnForget gives back what is kept for an inode that the kernel knew. The kernel

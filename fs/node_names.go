@@ -107,7 +107,7 @@ func (n *node) linkTo(ctx context.Context, fd int, d *volume.Dir, name string) e
 		return err
 	}
 	link := func() error {
-		return n.fs.moves.moving(func() error { return d.Link(fd, name) }, spot{d, name})
+		return n.fs.moves.moving(func() error { return d.Link(fd, name) }, spot{d, name, st.Ino})
 	}
 	if st.Nlink > 0 {
 		return link()
@@ -216,9 +216,9 @@ func (n *node) Rename(_ context.Context, name string, newParent fusefs.InodeEmbe
 			if flags&(unix.RENAME_EXCHANGE|unix.RENAME_NOREPLACE) == 0 {
 				kept = to.keepOrphan(toDir, newName)
 			}
-			spots := []spot{{toDir, newName}}
+			spots := []spot{{toDir, newName, n.inoOf(name)}}
 			if flags&unix.RENAME_EXCHANGE != 0 {
-				spots = append(spots, spot{d, name})
+				spots = append(spots, spot{d, name, to.inoOf(newName)})
 			}
 			err := n.fs.moves.moving(func() error { return d.Rename(name, toDir, newName, uint(flags)) }, spots...)
 			kept(err == nil)

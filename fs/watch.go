@@ -1,6 +1,7 @@
 package fs
 
 import (
+	"cmp"
 	"maps"
 	"slices"
 	"sync"
@@ -14,9 +15,10 @@ import (
 // has behind it; and it gets no error. So the mount tells what it moves. Why that
 // is enough: a thing that was moved stands where it was noted, unless it or a
 // directory above it was moved again, and that is noted too. So whoever looks again
-// at each noted place (at all below it, if it is a directory), asks for what was
-// noted meanwhile, and goes on until nothing is, has met everything. That a noted
-// place is empty by then, or taken by something else, costs only the look.
+// at each noted place (at all below it, if it is a directory), and asks for what was
+// noted meanwhile, has met everything as soon as each thing of one answer stood where
+// it was noted and none was a directory. A noted place may be taken by something else
+// by the time it is looked at: so the inode is noted with it.
 //
 // moves is what the mount does in that way, and who wants to know.
 type moves struct {
@@ -33,10 +35,16 @@ type moves struct {
 type Watch struct {
 	moves *moves
 
-	mu    sync.Mutex          // among those who hold moves.mu shared
-	paths map[string]struct{} // guarded by mu, or moves.mu held exclusively; as are those below
+	mu    sync.Mutex        // among those who hold moves.mu shared
+	noted map[Move]struct{} // guarded by mu, or moves.mu held exclusively; as are those below
 	bytes int
 	lost  bool
+}
+
+// A Move is where a thing stood right after it was moved.
+type Move struct {
+	Path string // of stored names, below the backing root
+	Ino  uint64 // of what was moved, on the backing store; 0 = not known
 }
 
 // Bounds on what a Watch keeps until it is asked.
@@ -60,18 +68,16 @@ func (s *Server) Watch() *Watch {
 	return w
 }
 
-// Moved returns, once, what was moved since Watch or the last call: where each
-// thing stood right after its move, as the path of stored names below the backing
-// root. Lost says that something is missing from that, so that only a sweep of
-// everything meets all. Whatever had moved when Moved was called is in its answer
-// or in an earlier one.
-func (w *Watch) Moved() (paths []string, lost bool) {
+// Moved returns, once, what was moved since Watch or the last call. Lost says that
+// something is missing from that, so that only a sweep of everything meets all.
+// Whatever had moved when Moved was called is in its answer or in an earlier one.
+func (w *Watch) Moved() (list []Move, lost bool) {
 	w.moves.mu.Lock()
-	noted := w.paths
+	noted := w.noted
 	lost = w.lost
-	w.paths, w.bytes, w.lost = nil, 0, false
+	w.noted, w.bytes, w.lost = nil, 0, false
 	w.moves.mu.Unlock()
-	return slices.Sorted(maps.Keys(noted)), lost
+	return slices.SortedFunc(maps.Keys(noted), func(a, b Move) int { return cmp.Compare(a.Path, b.Path) }), lost
 }
 
 // Close ends the watch.
@@ -81,10 +87,11 @@ func (w *Watch) Close() {
 	delete(w.moves.watchers, w)
 }
 
-// A spot is an entry of a directory.
+// A spot is an entry of a directory, and what is to stand there.
 type spot struct {
 	dir  *volume.Dir
 	name string
+	ino  uint64
 }
 
 // moving calls op, which makes things stand at the spots where they did not stand
@@ -110,24 +117,24 @@ func (m *moves) noteLocked(s spot) {
 		return // it has gone on already
 	}
 	for w := range m.watchers {
-		w.note(path, err == nil && len(path) <= maxMovedPath)
+		w.note(Move{path, s.ino}, err == nil && len(path) <= maxMovedPath)
 	}
 }
 
-// note adds a path; known is false if there is something that has none.
-func (w *Watch) note(path string, known bool) {
+// note adds a move; known is false if there is something whose place is not.
+func (w *Watch) note(m Move, known bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if _, again := w.paths[path]; again {
+	if _, again := w.noted[m]; again {
 		return
 	}
-	if !known || len(w.paths) >= maxMoved || w.bytes+len(path) > maxMovedBytes {
+	if !known || len(w.noted) >= maxMoved || w.bytes+len(m.Path) > maxMovedBytes {
 		w.lost = true
 		return
 	}
-	if w.paths == nil {
-		w.paths = make(map[string]struct{})
+	if w.noted == nil {
+		w.noted = make(map[Move]struct{})
 	}
-	w.paths[path] = struct{}{}
-	w.bytes += len(path)
+	w.noted[m] = struct{}{}
+	w.bytes += len(m.Path)
 }

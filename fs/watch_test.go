@@ -39,8 +39,15 @@ func (w *world) links(name string) (paths []string) {
 // moved drains a watch that must have missed nothing.
 func moved(t *testing.T, watch *Watch) []string {
 	t.Helper()
-	paths, lost := watch.Moved()
+	list, lost := watch.Moved()
 	require.False(t, lost)
+	return pathsOf(list)
+}
+
+func pathsOf(list []Move) (paths []string) {
+	for _, m := range list {
+		paths = append(paths, m.Path)
+	}
 	return paths
 }
 
@@ -71,7 +78,14 @@ func TestWatchNotesEveryMove(t *testing.T) {
 			t.Helper()
 			for _, watch := range []*Watch{before, after} {
 				if watch != nil {
-					require.ElementsMatch(t, want, moved(t, watch), what)
+					list, lost := watch.Moved()
+					require.False(t, lost)
+					require.ElementsMatch(t, want, pathsOf(list), what)
+					for _, m := range list {
+						var st unix.Stat_t
+						require.NoError(t, unix.Lstat(filepath.Join(w.backing, m.Path), &st))
+						require.Equal(t, st.Ino, m.Ino, "%s: what was moved is told", what)
+					}
 					require.Empty(t, moved(t, watch), "%s: told twice", what)
 				}
 			}
@@ -159,7 +173,7 @@ func TestWatchSaysWhatItLost(t *testing.T) {
 	watch := w.srv.Watch()
 	defer watch.Close()
 	for i := range maxMoved + 10 {
-		watch.note(fmt.Sprint(i), true)
+		watch.note(Move{Path: fmt.Sprint(i)}, true)
 	}
 	paths, lost := watch.Moved()
 	require.Len(t, paths, maxMoved)
@@ -167,7 +181,7 @@ func TestWatchSaysWhatItLost(t *testing.T) {
 	require.Empty(t, moved(t, watch))
 	long := strings.Repeat("x", 4000)
 	for i := range maxMovedBytes/4000 + 1 {
-		watch.note(fmt.Sprint(i, long), true)
+		watch.note(Move{Path: fmt.Sprint(i, long)}, true)
 	}
 	_, lost = watch.Moved()
 	require.True(t, lost)
@@ -222,8 +236,8 @@ func TestWatchTellsWhatASweepMisses(t *testing.T) {
 					if lost {
 						t.Error("lost")
 					}
-					for _, p := range paths {
-						w.sweep(p, met[i], 0)
+					for _, m := range paths {
+						w.sweep(m.Path, met[i], 0)
 					}
 				}
 			})
@@ -319,11 +333,11 @@ func TestWatchWaitsForWhatIsUnderWay(t *testing.T) {
 			renamed <- err
 			<-end
 			return err
-		}, spot{d, "b"})
+		}, spot{d, "b", 7})
 	})
 	require.NoError(t, <-renamed)
 	require.FileExists(t, filepath.Join(w.backing, "b"))
-	told, late := make(chan []string, 1), make(chan *Watch, 1)
+	told, late := make(chan []Move, 1), make(chan *Watch, 1)
 	all.Go(func() {
 		paths, _ := watch.Moved()
 		told <- paths
@@ -331,12 +345,12 @@ func TestWatchWaitsForWhatIsUnderWay(t *testing.T) {
 	all.Go(func() { late <- w.srv.Watch() })
 	select {
 	case paths := <-told:
-		t.Errorf("told %q before the move was noted", paths)
+		t.Errorf("told %v before the move was noted", paths)
 	case <-late:
 		t.Error("a watch began that does not know of the move under way")
 	case <-time.After(200 * time.Millisecond):
 	}
 	close(end)
-	require.Equal(t, []string{"b"}, <-told)
+	require.Equal(t, []Move{{"b", 7}}, <-told)
 	require.Empty(t, moved(t, <-late), "that move was over before")
 }

@@ -81,7 +81,7 @@ func TestAddNeedsATrustedSource(t *testing.T) {
 	id := s.file("a", otherKey)
 	r, err := s.run(Options{Action: Add})
 	require.NoError(t, err)
-	require.Equal(t, 1, r.Bad)
+	require.Equal(t, 1, r.Strange)
 	require.ErrorIs(t, r.Problems[0].Err, ErrUntrusted)
 	require.Zero(t, s.vault.calls[id])
 }
@@ -321,12 +321,34 @@ func mix(x uint64) uint64 {
 // A script is a Watch whose answers a test writes.
 type script struct {
 	mounted bool
-	moved   func() ([]string, error)
+	moved   func() ([]Spot, error)
 }
 
-func (s script) Mounted() bool                           { return s.mounted }
-func (s script) Moved(context.Context) ([]string, error) { return s.moved() }
-func (s script) Close()                                  {}
+func watchOf(w Watch) func(context.Context) (Watch, error) {
+	return func(context.Context) (Watch, error) { return w, nil }
+}
+
+// spot is what a mount tells of a thing that it has just moved to a name.
+func (s *stage) spot(name string) Spot {
+	s.t.Helper()
+	var st unix.Stat_t
+	require.NoError(s.t, unix.Lstat(filepath.Join(s.dir, name), &st))
+	return Spot{name, st.Ino}
+}
+
+// rename moves a thing and tells of it as a mount does.
+func (s *stage) rename(from, to string) Spot {
+	s.t.Helper()
+	if !filepath.IsAbs(from) {
+		from = filepath.Join(s.dir, from)
+	}
+	require.NoError(s.t, os.Rename(from, filepath.Join(s.dir, to)))
+	return s.spot(to)
+}
+
+func (s script) Mounted() bool                         { return s.mounted }
+func (s script) Moved(context.Context) ([]Spot, error) { return s.moved() }
+func (s script) Close()                                {}
 
 // While a mount renames and deletes files all the time, the run ends well: what it
 // moved is looked at where it went, what vanished is not waited for.
@@ -337,16 +359,15 @@ func TestBusyMountEnds(t *testing.T) {
 	}
 	s.file("z/old", oldKey)
 	name, n := "z/old", 0
-	var noted []string
+	var noted []Spot
 	tree := &restless{tree: s.open(), during: func(int) {
 		n++
 		next := fmt.Sprint("moved", n)
-		require.NoError(t, os.Rename(filepath.Join(s.dir, name), filepath.Join(s.dir, next)))
+		noted = append(noted, s.rename(name, next))
 		require.NoError(t, os.Remove(filepath.Join(s.dir, fmt.Sprint("f", n))))
 		name = next
-		noted = append(noted, next)
 	}}
-	w := script{mounted: true, moved: func() ([]string, error) {
+	w := script{mounted: true, moved: func() ([]Spot, error) {
 		defer func() { noted = nil }()
 		return noted, nil
 	}}
@@ -365,15 +386,15 @@ func TestMovedDirectoryIsSwept(t *testing.T) {
 	outside := filepath.Join(filepath.Dir(s.dir), "aside")
 	s.file("dir/sub/hidden", oldKey)
 	require.NoError(t, os.Rename(filepath.Join(s.dir, "dir"), outside)) // unseen by the walk
-	steps := []func() []string{
-		func() []string { // the walk has ended
-			require.NoError(t, os.Rename(outside, filepath.Join(s.dir, "one")))
-			require.NoError(t, os.Rename(filepath.Join(s.dir, "one"), filepath.Join(s.dir, "two")))
-			return []string{"one"} // the second move is not noted yet
+	steps := []func() []Spot{
+		func() []Spot { // the walk has ended
+			first := s.rename(outside, "one")
+			s.rename("one", "two") // is not noted yet
+			return []Spot{first}
 		},
-		func() []string { return []string{"two"} },
+		func() []Spot { return []Spot{s.spot("two")} },
 	}
-	w := script{mounted: true, moved: func() ([]string, error) {
+	w := script{mounted: true, moved: func() ([]Spot, error) {
 		if len(steps) == 0 {
 			return nil, nil
 		}
@@ -397,7 +418,7 @@ func TestUnheardPassDoesNotCount(t *testing.T) {
 	r, err := s.run(Options{Watch: func(context.Context) (Watch, error) {
 		passes++
 		pass := passes
-		return script{moved: func() ([]string, error) {
+		return script{moved: func() ([]Spot, error) {
 			if pass < 4 {
 				return nil, errors.New("a mount came")
 			}

@@ -43,14 +43,18 @@ func (c *Census) add(h *crypt.Header) {
 type found struct {
 	raw   []byte
 	h     *crypt.Header // nil unless it is a valid header of this volume
+	empty bool          // stores nothing; its header counts only as long as a mount is about to write under it
 	out   Outcome       // "" if there is a header
 	err   error
 	again bool // one more link of a file that this pass has met
 }
 
-// find looks at an item.
-func find(t tree, links *linksSeen, it *volume.Item) (f found) {
+// find looks at an item. own says that a file of ours may be made readable for it.
+func find(t tree, links *linksSeen, it *volume.Item, own bool) (f found) {
 	raw, st, err := it.Peek()
+	if own && errors.Is(err, unix.EACCES) {
+		raw, st, err = it.PeekOwn()
+	}
 	switch {
 	case errors.Is(err, volume.ErrGone), errors.Is(err, volume.ErrMoved):
 		f.out = Gone
@@ -59,16 +63,16 @@ func find(t tree, links *linksSeen, it *volume.Item) (f found) {
 		f.out, f.err = Failed, err
 		return f
 	}
-	f.again = links.again(&st)
-	if st.Size == 0 {
-		f.out = Empty
-		return f
-	}
+	f.again, f.empty = links.again(&st), st.Size == 0
 	if err == nil {
 		f.raw = raw
 		f.h, err = t.ParseHeader(raw)
 	}
-	if err != nil {
+	switch {
+	case err == nil:
+	case f.empty: // a file with no bytes is whole, whatever it carries
+		f.h, f.out = nil, Empty
+	default:
 		f.h, f.out, f.err = nil, Bad, err
 	}
 	return f
@@ -124,7 +128,7 @@ func (t *tally) add(it *volume.Item, out Outcome, err error, h *crypt.Header, ag
 		return
 	}
 	t.count[out]++
-	if (out == Bad || out == Failed) && len(t.problems) < maxProblems {
+	if (out == Bad || out == Strange || out == Failed) && len(t.problems) < maxProblems {
 		t.problems = append(t.problems, Problem{Path: it.Path(), Outcome: out, Err: err})
 	}
 	switch {
@@ -152,8 +156,11 @@ func Survey(ctx context.Context, v *volume.Volume, jobs int, event func(Event)) 
 	j := newJob(v, nil, Options{Jobs: jobs, Event: event})
 	t, links := newTally(), new(linksSeen)
 	err := j.each(ctx, j.walk, func(_ context.Context, it *volume.Item) error {
-		f := find(j.tree, links, it)
-		if f.out == "" {
+		f := find(j.tree, links, it, false)
+		switch {
+		case f.out == "" && f.empty:
+			f.out = Empty
+		case f.out == "":
 			f.out = Already
 		}
 		t.add(it, f.out, f.err, f.h, f.again)

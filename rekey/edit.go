@@ -3,6 +3,7 @@ package rekey
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -64,7 +65,7 @@ func (j *job) editOnly(h *crypt.Header) (edit, Outcome, error) {
 	}
 	key := j.trusted(others[0])
 	if key == "" {
-		return edit{}, Bad, fmt.Errorf("its header is under %s: %w", others[0], ErrUntrusted)
+		return edit{}, Strange, fmt.Errorf("its header is under %s: %w", others[0], ErrUntrusted)
 	}
 	return j.editFrom(source{others[0], key})
 }
@@ -75,7 +76,7 @@ func (j *job) editAdd(h *crypt.Header) (edit, Outcome, error) {
 	}
 	from := j.sources(h)
 	if len(from) == 0 {
-		return edit{}, Bad, fmt.Errorf("its header is under %s: %w", labels(h), ErrUntrusted)
+		return edit{}, Strange, fmt.Errorf("its header is under %s: %w", labels(h), ErrUntrusted)
 	}
 	return edit{from: from}, "", nil
 }
@@ -89,19 +90,26 @@ func (j *job) editRemove(h *crypt.Header) (e edit, out Outcome, err error) {
 	if len(e.drop) == 0 {
 		return e, Already, nil
 	}
-	if e.from = j.sources(h); len(e.from) == 0 {
-		return e, Failed, fmt.Errorf("its header is under %s: %w", labels(h), ErrLastCopy)
+	e.from = j.sources(h)
+	switch {
+	case len(e.from) > 0:
+		return e, "", nil
+	case j.trusted(e.drop[0]) == "": // planted: it opens for nobody here, and keeps nothing
+		return e, Strange, fmt.Errorf("its header is under %s: %w", labels(h), ErrUntrusted)
 	}
-	return e, "", nil
+	return e, Failed, fmt.Errorf("its header is under %s: %w", labels(h), ErrLastCopy)
 }
 
 // sources are the copies under trusted keys that stay, the one under --from first,
-// then by what it costs to get a copy under Key from it.
+// then by what it costs to get a copy under Key from it. What is to make up for a copy
+// that goes has to be under a key that others find in kmsfs.toml.
 func (j *job) sources(h *crypt.Header) (list []source) {
 	for _, c := range h.Copies {
-		if key := j.trusted(c.Key); key != "" && !j.leaves(c.Key) && c.Key != j.o.Key {
-			list = append(list, source{c.Key, key})
+		key := j.trusted(c.Key)
+		if key == "" || j.leaves(c.Key) || c.Key == j.o.Key || j.o.Action == Remove && !j.lists(c.Key) {
+			continue
 		}
+		list = append(list, source{c.Key, key})
 	}
 	slices.SortStableFunc(list, func(a, b source) int { return cmp.Compare(j.cost(a.key), j.cost(b.key)) })
 	return list
@@ -155,6 +163,9 @@ func (j *job) apply(ctx context.Context, h *crypt.Header, e edit) (*crypt.Header
 		}
 		return dropCopies(h, e.drop...), nil
 	}
+	if next := j.shortcut(ctx, h, e); next != nil {
+		return next, nil
+	}
 	c, _, err := j.rewrapFrom(ctx, h, e.from)
 	if err != nil {
 		return nil, err
@@ -166,6 +177,27 @@ func (j *job) apply(ctx context.Context, h *crypt.Header, e edit) (*crypt.Header
 		}
 	}
 	return next, nil
+}
+
+// shortcut is for a header that has a copy under the new key already: if it is good,
+// the old one only has to go. It must not be replaced unseen, by a relabelled copy say
+// that nobody has opened.
+func (j *job) shortcut(ctx context.Context, h *crypt.Header, e edit) *crypt.Header {
+	if j.o.Action != Move || exact(h, j.o.Key) == nil {
+		return nil
+	}
+	if j.prove(ctx, h, []source{{j.o.Key, j.o.Key}}) != nil {
+		return nil
+	}
+	if j.o.Verify {
+		j.verified.Add(1)
+	}
+	return dropCopies(h, e.from[0].label)
+}
+
+// relabels reports whether a copy becomes one under Key by its label alone.
+func (j *job) relabels(s source) bool {
+	return j.o.Action != Refresh && s.label != j.o.Key && crypt.SameKey(s.label, j.o.Key)
 }
 
 // rewrapFrom makes the new copy from the first of the sources that can.
@@ -187,6 +219,9 @@ func (j *job) rewrapFrom(ctx context.Context, h *crypt.Header, from []source) (c
 
 // rewrap is the one place that makes copies.
 func (j *job) rewrap(ctx context.Context, h *crypt.Header, from source) (c crypt.Copy, err error) {
+	if j.relabels(from) {
+		return crypt.Copy{Key: j.o.Key, Blob: exact(h, from.label).Blob}, nil
+	}
 	route, err := j.rw.Route(from.key, j.o.Key)
 	if err != nil {
 		return c, err
@@ -215,6 +250,12 @@ func (j *job) verify(ctx context.Context, h *crypt.Header) error {
 
 // prove finds one of the copies to be good, so that another may go.
 func (j *job) prove(ctx context.Context, h *crypt.Header, from []source) error {
+	_, err := j.proveOne(ctx, h, from)
+	return err
+}
+
+// proveOne says which it was.
+func (j *job) proveOne(ctx context.Context, h *crypt.Header, from []source) (source, error) {
 	test := j.rw.Prove
 	if j.o.Verify {
 		test = j.rw.Verify
@@ -225,24 +266,27 @@ func (j *job) prove(ctx context.Context, h *crypt.Header, from []source) error {
 		only.Copies = []crypt.Copy{*exact(h, s.label)}
 		err := j.ask(billed(s.key), func() error { return test(ctx, only, s.key) })
 		if err == nil {
-			return nil
+			return s, nil
 		}
 		if first == nil {
-			first = fmt.Errorf("proving its copy under %s, before the one under %s goes: %w", s.key, j.o.Key, err)
+			first = fmt.Errorf("proving its copy under %s, before the one under %s goes: %w", s.key, strings.Join(j.old, " and "), err)
 		}
 	}
-	return first
+	return source{}, first
 }
 
-// ask counts what is asked of the key service, and its refusals in a row.
+// ask counts what is asked of the key service, and its refusals in a row: a copy that
+// is damaged is not one.
 func (j *job) ask(calls int, f func() error) error {
 	j.calls.Add(int64(calls))
-	if err := f(); err != nil {
+	err := f()
+	switch {
+	case err == nil:
+		j.failures.Store(0)
+	case !errors.Is(err, crypt.ErrDamaged):
 		j.failures.Add(1)
-		return err
 	}
-	j.failures.Store(0)
-	return nil
+	return err
 }
 
 // billed is the number of requests that one operation under a key costs.

@@ -15,9 +15,17 @@ const restarts = 8 // a header or kmsfs.toml that changes this often is not ours
 
 // file deals with one file, and returns the header that it is left with.
 func (j *job) file(ctx context.Context, it *volume.Item, f found, verifying bool) (Outcome, *crypt.Header, error) {
+	out, h, err := j.contents(ctx, it, f, verifying)
+	if f.empty && (out == Already || out == Bad || out == Strange || errors.Is(err, ErrLastCopy) || errors.Is(err, crypt.ErrDamaged)) {
+		return Empty, h, nil // nothing depends on what it carries
+	}
+	return out, h, err
+}
+
+func (j *job) contents(ctx context.Context, it *volume.Item, f found, verifying bool) (Outcome, *crypt.Header, error) {
 	for tries := 0; ; tries++ {
 		e, out, err := j.edit(f.h)
-		if out == Already && verifying && exact(f.h, j.o.Key) != nil {
+		if out == Already && verifying && !f.empty && exact(f.h, j.o.Key) != nil {
 			if err = j.verify(ctx, f.h); err != nil {
 				out = Failed
 			}
@@ -34,7 +42,7 @@ func (j *job) file(ctx context.Context, it *volume.Item, f found, verifying bool
 		case !errors.Is(err, volume.ErrHeaderChanged) || tries == restarts:
 			return Failed, f.h, err
 		}
-		if f = find(j.tree, new(linksSeen), it); f.out != "" {
+		if f = find(j.tree, new(linksSeen), it, true); f.out != "" {
 			return f.out, f.h, f.err
 		}
 	}
@@ -64,6 +72,9 @@ func (j *job) change(ctx context.Context, it *volume.Item, f found, e edit) (*cr
 		return nil, err
 	}
 	if err := volume.ReplaceHeader(fd, f.raw, raw); err != nil {
+		if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.E2BIG) {
+			j.fitted.Store(0) // what has fitted before need not any more
+		}
 		return nil, fmt.Errorf("replacing its header: %w", err)
 	}
 	if only {

@@ -21,6 +21,10 @@ var (
 	ErrLastCopy = errors.New("there is no copy under another trusted key, so this one must stay; add one first, with --add or --to")
 	// ErrNotListed: a key that is to be refreshed is not one of the volume's.
 	ErrNotListed = errors.New("the volume does not list this key")
+	// ErrTooMany: a header has no room for the new copy beside the others.
+	ErrTooMany = fmt.Errorf("the volume has copies under %d keys, which is the most there may be; remove one first", crypt.MaxCopies)
+	// ErrOvertaken: another run changed the keys of the volume meanwhile.
+	ErrOvertaken = errors.New("another run has changed the keys of the volume meanwhile; run this again")
 	// ErrNotPrepared: a part was to be swept before the new key is in kmsfs.toml.
 	ErrNotPrepared = errors.New("the volume is not prepared for this rekey; run it once with --prepare in place of --shard")
 	// ErrRestless: no pass over the tree was quiet enough to prove that nothing is
@@ -86,10 +90,16 @@ type Route struct {
 type Watch interface {
 	// Mounted says whether a mount is watched. Then every change comes through it.
 	Mounted() bool
-	// Moved are the stored paths, relative to the root, of what was given a new
-	// name since the last call, however long ago. With an error that is not known.
-	Moved(context.Context) ([]string, error)
+	// Moved is what was given a new name since the last call, however long ago. With
+	// an error that is not known; nor whether nobody has mounted the volume meanwhile.
+	Moved(context.Context) ([]Spot, error)
 	Close()
+}
+
+// A Spot is where something stood after it was given a name there.
+type Spot struct {
+	Path string // of stored names, relative to the root
+	Ino  uint64 // what got it; 0 = not known
 }
 
 // Options say what to do.
@@ -111,12 +121,14 @@ type Options struct {
 	// Pin remembers the key list that the volume now has, before live mounts are
 	// told of it and after the old key has left.
 	Pin func(keys []string) error
-	// Reload returns when every live mount has adopted the key list on disk.
-	Reload func(context.Context) error
+	// Reload returns when every live mount has adopted the key list on disk, and makes
+	// new files under none of the keys that are to leave.
+	Reload func(ctx context.Context, leaving []string) error
 	// Watch begins to hear what a live mount moves; nil = nobody has it mounted.
 	Watch func(context.Context) (Watch, error)
 
 	fault func(point string) error // for tests: a crash at a named point
+	apart bool                     // for tests: as on a host that shares no locks with others
 }
 
 // A Plan is what a run would do.
@@ -125,10 +137,12 @@ type Plan struct {
 	Key    string   `json:"key"`
 	From   []string `json:"from,omitempty"` // keys that leave the volume
 	Census
-	Change int         `json:"change"` // headers to change
-	Routes []PlanRoute `json:"routes"`
-	Calls  int         `json:"calls"` // requests to KMS
-	Price  float64     `json:"price"` // US dollars
+	Change  int         `json:"change"`  // headers to change
+	Strange int         `json:"strange"` // headers under keys that this client does not trust
+	Failed  int         `json:"failed"`  // files that could not be read, or about which nothing can be decided
+	Routes  []PlanRoute `json:"routes"`
+	Calls   int         `json:"calls"` // requests to KMS
+	Price   float64     `json:"price"` // US dollars
 }
 
 // A PlanRoute is the way from one old key.
@@ -150,7 +164,8 @@ const (
 	Already Outcome = "already" // nothing is to be done
 	Empty   Outcome = "empty"   // holds no bytes: its next contents get a fresh key
 	Gone    Outcome = "gone"    // deleted or renamed meanwhile: somebody has to look again
-	Bad     Outcome = "bad"     // no valid header of this volume under a trusted key: nothing to work from
+	Bad     Outcome = "bad"     // no valid header of this volume: nothing to work from
+	Strange Outcome = "strange" // its header is under keys that this client does not trust
 	Failed  Outcome = "failed"  // could be under the old key still
 )
 
@@ -179,6 +194,7 @@ type Report struct {
 	Changed   int
 	Already   int
 	Bad       int
+	Strange   int
 	Failed    int
 	Gone      int
 	Verified  int

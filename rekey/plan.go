@@ -15,10 +15,10 @@ import (
 func (j *job) plan(ctx context.Context) (Plan, error) {
 	t, links := newTally(), new(linksSeen)
 	var mu sync.Mutex
-	from := map[string]int{} // headers to change, by the client's name of the key that is worked from
+	from := map[string]int{} // headers to change, by the key that is worked from
 	verify := 0              // headers that are only verified
 	err := j.each(ctx, j.walk, func(_ context.Context, it *volume.Item) error {
-		f := find(j.tree, links, it)
+		f := find(j.tree, links, it, false)
 		if f.out == "" {
 			var e edit
 			e, f.out, f.err = j.edit(f.h)
@@ -26,22 +26,34 @@ func (j *job) plan(ctx context.Context) (Plan, error) {
 			switch {
 			case f.again:
 			case f.out == "":
-				from[e.from[0].key]++
+				from[j.way(e)]++
 			case f.out == Already && j.verifies(f.h):
 				verify++
 			}
 			mu.Unlock()
+			if f.empty && f.out != "" {
+				f.out, f.err = Empty, nil
+			}
 		}
 		t.add(it, f.out, f.err, f.h, f.again)
 		return nil
 	})
 	p := Plan{Action: j.o.Action, Key: j.o.Key, From: j.old, Census: t.now}
-	p.Bad = t.of(Bad) + t.of(Failed)
+	p.Bad, p.Strange, p.Failed = t.of(Bad), t.of(Strange), t.of(Failed)
 	if err != nil {
 		return p, err
 	}
 	p.Calls = verify * billed(j.o.Key)
 	return p, j.price(&p, from)
+}
+
+// way names the key that an edit works from: the client's name, or the label of a
+// replica of the new key, from which there is a way of its own.
+func (j *job) way(e edit) string {
+	if s := e.from[0]; j.relabels(s) {
+		return s.label
+	}
+	return e.from[0].key
 }
 
 // verifies reports whether a header with nothing to be done has a copy to verify.

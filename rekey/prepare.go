@@ -23,16 +23,16 @@ func (j *job) resolve() error {
 		return err
 	}
 	switch j.o.Action {
-	case Move:
-		err = j.resolveMove(others)
 	case Remove:
 		j.old = []string{j.o.Key}
 		if len(others) == 0 {
 			err = fmt.Errorf("the volume is under %s alone: %w", j.o.Key, ErrLastCopy)
 		}
-	}
-	if err != nil || j.o.Action == Remove {
 		return err
+	case Move:
+		if err := j.resolveMove(others); err != nil {
+			return err
+		}
 	}
 	for _, k := range j.old {
 		if _, err := j.rw.Route(k, j.o.Key); err != nil {
@@ -81,9 +81,13 @@ func (j *job) resolveMove(others []string) error {
 }
 
 // trusted is the client's own name for a key that a header or kmsfs.toml names: the
-// same, or that of the replica which the client trusts. "" if it trusts neither.
+// same, or that of the replica which the client trusts. "" if it trusts neither. To
+// name a key for removal is not to trust it.
 func (j *job) trusted(name string) string {
 	list := append([]string{j.o.From, j.o.Key}, j.o.Trusted...)
+	if j.o.Action == Remove {
+		list = append([]string{j.o.From}, j.o.Trusted...)
+	}
 	if slices.Contains(list, name) {
 		return name
 	}
@@ -94,12 +98,15 @@ func (j *job) trusted(name string) string {
 	return list[i]
 }
 
-// listed are the keys of kmsfs.toml but the new one, by the client's names. One
-// that the client does not trust was planted, or belongs to a change that this
+// listed are the keys of kmsfs.toml but the one that was named, by the client's names.
+// One that the client does not trust was planted, or belongs to a change that this
 // client has not seen: writing it back would sign it off for every reader.
 func (j *job) listed(list []string) ([]string, error) {
 	var out []string
 	for _, k := range list {
+		if k == j.o.Key || j.leaves(k) && j.o.Action == Remove {
+			continue
+		}
 		t := j.trusted(k)
 		if t == "" {
 			return nil, fmt.Errorf("%s lists %s: %w", volume.SettingsFile, k, ErrUntrusted)
@@ -111,6 +118,11 @@ func (j *job) listed(list []string) ([]string, error) {
 	return out, nil
 }
 
+// lists reports whether kmsfs.toml lists a key, or a replica of it.
+func (j *job) lists(label string) bool {
+	return slices.ContainsFunc(j.tree.Settings().Keys, func(k string) bool { return crypt.SameKey(k, label) })
+}
+
 // leaves reports whether a label is that of an old key, or the new key's under
 // another region's name.
 func (j *job) leaves(label string) bool {
@@ -119,7 +131,7 @@ func (j *job) leaves(label string) bool {
 	case Move:
 		return label != j.o.Key && (t == j.o.Key || slices.Contains(j.old, t))
 	case Remove:
-		return t == j.o.Key
+		return label == j.o.Key || t == j.o.Key || t == "" && crypt.SameKey(label, j.o.Key)
 	}
 	return false
 }
@@ -179,8 +191,7 @@ func (j *job) measure(h *crypt.Header) {
 // order is the list of keys for the time of the sweep. A key that was listed
 // already keeps its place when it is added once more, to complete what is missing.
 func (j *job) order(list []string) ([]string, error) {
-	others, err := j.listed(list)
-	if err != nil {
+	if _, err := j.listed(list); err != nil {
 		return nil, err
 	}
 	has := slices.Contains(list, j.o.Key)
@@ -188,9 +199,31 @@ func (j *job) order(list []string) ([]string, error) {
 	case j.o.Action == Refresh, j.o.Action == Add && has, j.o.Action == Remove && !has:
 		return slices.Clone(list), nil
 	case j.o.Action == Remove:
-		return append(others, j.o.Key), nil
+		return append(j.others(list), j.o.Key), nil
 	}
-	return append([]string{j.o.Key}, others...), nil
+	keys := append([]string{j.o.Key}, j.others(list)...)
+	if len(keys) > crypt.MaxCopies {
+		return nil, ErrTooMany
+	}
+	return keys, nil
+}
+
+// others are the listed keys but the one that was named. Those that stay keep their
+// names: by which region's name others call them is not for this client to say.
+func (j *job) others(list []string) (out []string) {
+	for _, k := range list {
+		t := j.trusted(k)
+		switch {
+		case k == j.o.Key || t == j.o.Key:
+			continue
+		case j.leaves(k):
+			k = t
+		}
+		if !slices.Contains(out, k) {
+			out = append(out, k)
+		}
+	}
+	return out
 }
 
 // prepareHeader is the volume key's header for the time of the sweep. The new copy
@@ -202,12 +235,17 @@ func (j *job) prepareHeader(ctx context.Context, h *crypt.Header) (*crypt.Header
 		if len(from) == 0 {
 			return nil, fmt.Errorf("the volume key: %w", ErrLastCopy)
 		}
-		if err := j.prove(ctx, h, from); err != nil {
+		good, err := j.proveOne(ctx, h, from)
+		if err != nil {
 			return nil, fmt.Errorf("the volume key: %w", err)
 		}
+		j.proven = *exact(h, good.label)
 		return h, nil
 	}
 	from := j.volumeSources(h)
+	if len(h.Copies) == crypt.MaxCopies && exact(h, j.o.Key) == nil {
+		return nil, ErrTooMany
+	}
 	if len(from) == 0 {
 		if exact(h, j.o.Key) == nil {
 			return nil, fmt.Errorf("the volume key has no copy under a trusted key: %w", ErrUntrusted)
@@ -222,16 +260,21 @@ func (j *job) prepareHeader(ctx context.Context, h *crypt.Header) (*crypt.Header
 	return next, j.proveNew(ctx, next, used)
 }
 
-// proveNew is for routes that ask no key service, from a multi-Region key to its
-// replica: a replica that is not there would be noticed when the old key is gone.
+// proveNew opens the new copy where that was asked for, and where no key service has
+// made it, from a multi-Region key to its replica: one that is not there would be
+// noticed when the old key is gone.
 func (j *job) proveNew(ctx context.Context, h *crypt.Header, from source) error {
 	route, err := j.rw.Route(from.key, j.o.Key)
-	if err != nil || route.Calls > 0 {
+	if err != nil || route.Calls > 0 && !j.relabels(from) && !j.o.Verify {
 		return err
+	}
+	test := j.rw.Prove
+	if j.o.Verify {
+		test = j.rw.Verify
 	}
 	only := h.Clone()
 	only.Copies = []crypt.Copy{*exact(h, j.o.Key)}
-	err = j.ask(billed(j.o.Key), func() error { return j.rw.Prove(ctx, only, j.o.Key) })
+	err = j.ask(billed(j.o.Key), func() error { return test(ctx, only, j.o.Key) })
 	if err != nil {
 		return fmt.Errorf("opening the volume key under %s: %w", j.o.Key, err)
 	}
@@ -253,6 +296,11 @@ func (j *job) volumeSources(h *crypt.Header) (list []source) {
 	}
 	if j.o.Action == Refresh {
 		return list
+	}
+	for _, c := range h.Copies { // the new key by the name of another region
+		if c.Key != j.o.Key && j.trusted(c.Key) == j.o.Key {
+			list = append(list, source{c.Key, j.o.Key})
+		}
 	}
 	return append(list, j.sources(h)...)
 }
@@ -283,8 +331,8 @@ func (j *job) close() error {
 		if err != nil {
 			return fmt.Errorf("the volume key's header: %w", err)
 		}
-		if j.o.Action == Move && (exact(h, j.o.Key) == nil || !slices.Contains(now.Keys, j.o.Key)) {
-			return fmt.Errorf("another process took %s out of kmsfs.toml meanwhile: %w", j.o.Key, errAgain)
+		if !j.stands(now, h) {
+			return ErrOvertaken
 		}
 		if _, err := j.listed(now.Keys); err != nil { // one may have been planted since step 1
 			return err
@@ -297,4 +345,31 @@ func (j *job) close() error {
 		now.Header, err = h.Marshal()
 		return err
 	})
+}
+
+// stands reports whether what step 1 has made, or relied on, is still there: another
+// run, on a host that shares no locks with this one, may have gone the other way.
+func (j *job) stands(now *volume.Settings, h *crypt.Header) bool {
+	switch j.o.Action {
+	case Move: // if it is not the key of new files, those are under another one again
+		return exact(h, j.o.Key) != nil && now.Keys[0] == j.o.Key
+	case Add:
+		return exact(h, j.o.Key) != nil && slices.Contains(now.Keys, j.o.Key)
+	case Remove: // what has made up for the volume key's copy that goes
+		c := exact(h, j.proven.Key)
+		return c != nil && bytes.Equal(c.Blob, j.proven.Blob) && now.Keys[0] != j.o.Key
+	}
+	return true
+}
+
+// added checks at the end of an Add that it still is so.
+func (j *job) added() error {
+	if _, err := j.tree.Reload(); err != nil {
+		return err
+	}
+	now := j.tree.Settings()
+	if !j.stands(&now, j.tree.Header()) {
+		return ErrOvertaken
+	}
+	return nil
 }

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"golang.org/x/sys/unix"
+
 	"kmsfs/crypt"
 	"kmsfs/volume"
 )
@@ -18,9 +20,11 @@ type tree interface {
 	Header() *crypt.Header
 	Update(func(*volume.Settings) error) error
 	Walk(context.Context, func(*volume.Item) error) error
-	WalkBelow(context.Context, string, func(*volume.Item) error) (dir bool, err error)
+	WalkBelow(context.Context, string, func(*volume.Item) error) (volume.Place, error)
 	ParseHeader(raw []byte) (*crypt.Header, error)
-	Sync() error
+	Reload() (changed bool, err error)
+	Join(kind string) (leave func(), err error)
+	OpenSync() (*volume.Syncer, error)
 }
 
 // A job is one run.
@@ -31,6 +35,9 @@ type job struct {
 
 	old      []string     // the keys that are to leave
 	blobSize int          // length of a blob under the new key; set by prepare
+	proven   crypt.Copy   // of the volume key: what makes up for the one that goes; set by prepare
+	heard    Watch        // since the beginning of the last pass; nil before the first
+	told     bool         // the mount that is heard has adopted the key list
 	fitted   atomic.Int64 // size of the largest header that was set on a file without other attributes
 	calls    atomic.Int64
 	verified atomic.Int64
@@ -43,7 +50,18 @@ func newJob(t tree, rw Rewrapper, o Options) *job {
 	if o.Jobs < 1 {
 		o.Jobs = 16
 	}
+	o.Jobs = min(o.Jobs, itemsLimit())
 	return &job{tree: t, rw: rw, o: o}
+}
+
+// itemsLimit is how many files may be worked on, and as many wait for it, without
+// eating all descriptors: each may keep its directory open, and its own.
+func itemsLimit() int {
+	var limit unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
+		return 1
+	}
+	return int(max(1, min(limit.Cur, 1<<20)/6))
 }
 
 // Run does to every header of the volume what o.Action says. The report is good
@@ -76,36 +94,45 @@ func run(ctx context.Context, t tree, rw Rewrapper, o Options) (r Report, err er
 			return r, err
 		}
 	}
-	if !o.Shard.whole() {
-		return r, j.part(ctx, &r)
+	if !o.apart {
+		leave, err := t.Join(o.Action.String() + " " + j.o.Key)
+		if err != nil {
+			return r, err
+		}
+		defer leave()
 	}
-	return r, j.steps(ctx, &r)
+	// Opened before the first change: who opens it later may miss an error of theirs.
+	sync, err := t.OpenSync()
+	if err != nil {
+		return r, err
+	}
+	defer sync.Close()
+	if !o.Shard.whole() {
+		return r, j.part(ctx, &r, sync)
+	}
+	defer j.deafen()
+	return r, j.steps(ctx, &r, sync)
 }
 
 // steps are the five of the package's documentation, in their order.
-func (j *job) steps(ctx context.Context, r *Report) error {
+func (j *job) steps(ctx context.Context, r *Report, sync *volume.Syncer) error {
 	if err := j.step("prepare", func() error { return j.prepare(ctx) }); err != nil {
 		return err
 	}
-	if err := j.announce(ctx); err != nil {
-		return err
+	if j.o.Action != Remove || j.trusted(j.o.Key) != "" { // a planted key is nothing to be adopted
+		if err := j.announce(ctx); err != nil {
+			return err
+		}
 	}
 	if j.o.Prepare {
 		r.Done = true
 		return nil
 	}
-	clean := false
-	err := j.step("sweep", func() (err error) {
-		clean, err = j.sweepAll(ctx, r)
-		return err
-	})
-	if err != nil || !clean {
+	if clean, err := j.settle(ctx, r, sync); err != nil || !clean {
 		return err
 	}
-	if err := j.step("sync", j.tree.Sync); err != nil {
-		return err
-	}
-	if len(j.old) > 0 {
+	switch j.o.Action {
+	case Move, Remove:
 		if err := j.step("close", j.close); err != nil {
 			return err
 		}
@@ -113,20 +140,48 @@ func (j *job) steps(ctx context.Context, r *Report) error {
 		if err := j.announce(ctx); err != nil {
 			return err
 		}
+	case Add:
+		if err := j.added(); err != nil {
+			return err
+		}
 	}
 	r.Done = true
 	return nil
 }
 
+// settle sweeps and syncs, again if a mount came or went behind the last pass: it may
+// have made files, or moved some, of which nobody has heard.
+func (j *job) settle(ctx context.Context, r *Report, sync *volume.Syncer) (clean bool, err error) {
+	for {
+		err := j.step("sweep", func() (err error) {
+			clean, err = j.sweepAll(ctx, r)
+			return err
+		})
+		if err != nil || !clean {
+			return false, err
+		}
+		if err := j.step("sync", sync.Sync); err != nil {
+			return false, err
+		}
+		if _, err := j.heard.Moved(ctx); err == nil || j.o.Action == Refresh {
+			return true, nil
+		}
+		if ctx.Err() != nil {
+			return false, ctx.Err()
+		}
+		j.told = false
+	}
+}
+
 // part is what one of many workers does: its share of the sweep, made durable.
-func (j *job) part(ctx context.Context, r *Report) error {
+func (j *job) part(ctx context.Context, r *Report, sync *volume.Syncer) error {
 	clean := false
 	err := j.step("sweep", func() (err error) {
 		clean, err = j.sweepPart(ctx, r)
 		return err
 	})
 	if err == nil {
-		err = j.step("sync", j.tree.Sync)
+		err = j.step("sync", sync.Sync)
 	}
 	r.Done = err == nil && clean
 	return err
@@ -142,13 +197,50 @@ func (j *job) announce(ctx context.Context) error {
 	if j.o.Reload == nil {
 		return nil
 	}
-	return j.step("reload", func() error {
-		if err := j.o.Reload(ctx); err != nil {
-			return fmt.Errorf("%w: %w", ErrReload, err)
-		}
-		return nil
-	})
+	return j.step("reload", func() error { return j.reload(ctx) })
 }
+
+func (j *job) reload(ctx context.Context) error {
+	if j.o.Reload == nil {
+		return nil
+	}
+	if err := j.o.Reload(ctx, j.old); err != nil {
+		return fmt.Errorf("%w: %w", ErrReload, err)
+	}
+	return nil
+}
+
+// hear begins to listen to the mount, if there is one, for a pass. It is asked to
+// adopt the key list after that: one that comes later is noticed, and makes the pass
+// count for nothing.
+func (j *job) hear(ctx context.Context) (err error) {
+	j.deafen()
+	j.heard = unwatched{}
+	if j.o.Watch != nil {
+		if j.heard, err = j.o.Watch(ctx); err != nil {
+			j.heard = unwatched{}
+			return fmt.Errorf("asking the live mount what it moves: %w", err)
+		}
+	}
+	if j.told {
+		return nil
+	}
+	j.told = true
+	return j.reload(ctx)
+}
+
+func (j *job) deafen() {
+	if j.heard != nil {
+		j.heard.Close()
+	}
+}
+
+// unwatched is the Watch of a volume that nobody has mounted.
+type unwatched struct{}
+
+func (unwatched) Mounted() bool                         { return false }
+func (unwatched) Moved(context.Context) ([]Spot, error) { return nil, nil }
+func (unwatched) Close()                                {}
 
 func (j *job) step(name string, f func() error) error {
 	if err := j.at("before-" + name); err != nil {

@@ -9,7 +9,6 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"kmsfs/crypt"
 	"kmsfs/volume"
 )
 
@@ -65,7 +64,7 @@ func (p *pipe) rest(ctx context.Context) error {
 // each has several goroutines work on what produce sends.
 func (j *job) each(ctx context.Context, produce func(context.Context, *pipe) error, work func(context.Context, *volume.Item) error) error {
 	g, ctx := errgroup.WithContext(ctx)
-	p := &pipe{items: make(chan *volume.Item, 4*j.o.Jobs), shard: j.o.Shard, idle: make(chan struct{}, 1)}
+	p := &pipe{items: make(chan *volume.Item, min(4*j.o.Jobs, itemsLimit())), shard: j.o.Shard, idle: make(chan struct{}, 1)}
 	for range j.o.Jobs {
 		g.Go(func() error {
 			for it := range p.items {
@@ -110,11 +109,11 @@ type pass struct {
 
 // work deals with one item.
 func (s *pass) work(ctx context.Context, it *volume.Item) error {
-	f := find(s.tree, &s.links, it)
+	f := find(s.tree, &s.links, it, true)
 	out, h, err := f.out, f.h, f.err
 	switch {
 	case out == "" && f.again:
-		out = s.link(f.h)
+		out = s.link(f)
 	case out == "":
 		out, h, err = s.file(ctx, it, f, s.verifying)
 	}
@@ -123,7 +122,7 @@ func (s *pass) work(ctx context.Context, it *volume.Item) error {
 	}
 	s.t.add(it, out, err, h, f.again)
 	e := Event{Kind: "file", Outcome: out, Err: err, Pass: s.nr}
-	if out == Bad || out == Failed {
+	if out == Bad || out == Strange || out == Failed {
 		e.Path = it.Path()
 	}
 	s.emit(e)
@@ -136,9 +135,9 @@ func (s *pass) work(ctx context.Context, it *volume.Item) error {
 // link judges a further link of a file that this pass has met. It is not changed: the
 // first link was, or is just now, and each call costs. If it still has to be, which
 // is so if another file got the inode number meanwhile, the next pass will.
-func (s *pass) link(h *crypt.Header) Outcome {
-	_, out, _ := s.edit(h)
-	if out == "" {
+func (s *pass) link(f found) Outcome {
+	_, out, _ := s.edit(f.h)
+	if out == "" && !f.empty {
 		s.postponed.Store(true)
 		return Gone
 	}
@@ -153,7 +152,7 @@ func (j *job) sweep(ctx context.Context, r *Report, produce func(*pass) func(con
 	err := j.each(ctx, produce(s), s.work)
 	t := s.t
 	r.Changed += t.of(Changed)
-	r.Already, r.Bad, r.Failed, r.Gone = t.of(Already), t.of(Bad), t.of(Failed), t.of(Gone)
+	r.Already, r.Bad, r.Strange, r.Failed, r.Gone = t.of(Already), t.of(Bad), t.of(Strange), t.of(Failed), t.of(Gone)
 	r.Now, r.Problems, r.Remaining = t.now, t.problems, j.remaining(t.now)
 	s.missed = s.missed || s.postponed.Load()
 	return s, err
@@ -178,6 +177,9 @@ const maxPasses = 100
 func (j *job) sweepAll(ctx context.Context, r *Report) (clean bool, err error) {
 	verifying := j.o.Verify && j.o.Action != Remove
 	for {
+		if err := j.hear(ctx); err != nil {
+			return false, err
+		}
 		s, err := j.sweep(ctx, r, func(s *pass) func(context.Context, *pipe) error { return s.everything }, verifying)
 		if err != nil {
 			return false, err
@@ -185,9 +187,13 @@ func (j *job) sweepAll(ctx context.Context, r *Report) (clean bool, err error) {
 		// Only a pass that missed nothing has verified everything, and what failed
 		// then must not pass for good now.
 		verifying = verifying && (s.missed || r.Failed > 0)
+		j.told = j.told && !s.missed
 		changed := s.t.of(Changed)
 		switch {
 		case j.o.Action == Refresh: // what was missed is under the same key: nothing hangs on it
+			return r.Failed == 0, nil
+		case j.o.Action == Add && j.tree.Settings().Keys[0] != j.o.Key && !s.missed:
+			// New files are under another key: each pass would find some.
 			return r.Failed == 0, nil
 		case changed == 0 && (!s.missed || r.Failed > 0):
 			return r.Failed == 0, nil
@@ -213,25 +219,22 @@ func (j *job) sweepPart(ctx context.Context, r *Report) (clean bool, err error) 
 // everything sends the whole tree, and whatever a live mount moves meanwhile. If
 // nobody has it mounted, whatever vanishes under the pass may have moved past it.
 func (s *pass) everything(ctx context.Context, p *pipe) error {
-	w, err := s.watch(ctx)
-	if err != nil {
-		return err
-	}
-	defer w.Close()
 	asked := time.Now()
-	err = s.tree.Walk(ctx, func(it *volume.Item) error {
+	err := s.tree.Walk(ctx, func(it *volume.Item) error {
 		if time.Since(asked) > followEvery {
 			asked = time.Now()
-			if _, err := s.below(ctx, p, s.moved(ctx, w)); err != nil {
-				return err
+			for _, m := range s.moved(ctx) {
+				if _, err := s.below(ctx, p, m); err != nil {
+					return err
+				}
 			}
 		}
 		return p.send(ctx, it)
 	})
 	if err == nil {
-		err = s.catchUp(ctx, p, w)
+		err = s.catchUp(ctx, p)
 	}
-	s.missed = s.missed || !w.Mounted() && s.t.of(Gone) > 0
+	s.missed = s.missed || !s.heard.Mounted() && s.t.of(Gone) > 0
 	return err
 }
 
@@ -240,35 +243,33 @@ func (s *pass) everything(ctx context.Context, p *pipe) error {
 const followEvery = 500 * time.Millisecond
 
 // moved asks what was moved. If that is not known, the pass will not count.
-func (s *pass) moved(ctx context.Context, w Watch) []string {
-	paths, err := w.Moved(ctx)
+func (s *pass) moved(ctx context.Context) []Spot {
+	list, err := s.heard.Moved(ctx)
 	s.missed = s.missed || err != nil
-	return paths
+	return list
 }
 
 // maxRounds bounds the chase after what is moved while what was moved is swept.
 const maxRounds = 1000
 
 // catchUp sweeps what was moved, until nothing can have been missed. Whatever the
-// walk did not meet was moved during it, and so was noted. What is swept here and
-// not met either has moved once more, and is noted again. So all was met when a
-// round had files only, of which none had vanished; it need not be that nothing
-// moves any more.
-func (s *pass) catchUp(ctx context.Context, p *pipe, w Watch) error {
+// walk did not meet was moved during it, itself or with a directory above it, and so
+// was noted. What is swept here and not met has moved once more, and is noted again.
+// So all was met when a round found each thing where it had been noted, with no
+// directory among them; it need not be that nothing moves any more. What a directory
+// holds was met when it was swept, wherever it goes then: it need not be swept twice.
+func (s *pass) catchUp(ctx context.Context, p *pipe) error {
+	swept := map[uint64]bool{} // directories
 	for range maxRounds {
 		if err := p.rest(ctx); err != nil {
 			return err
 		}
-		paths := s.moved(ctx, w)
+		list := s.moved(ctx)
 		if s.missed {
 			return ctx.Err()
 		}
-		before := s.t.of(Gone)
-		dirs, err := s.below(ctx, p, paths)
-		if err == nil {
-			err = p.rest(ctx)
-		}
-		if err != nil || !dirs && s.t.of(Gone) == before {
+		all, err := s.round(ctx, p, list, swept)
+		if all || err != nil {
 			return err
 		}
 	}
@@ -276,32 +277,43 @@ func (s *pass) catchUp(ctx context.Context, p *pipe, w Watch) error {
 	return nil
 }
 
-// below sends what stands at the paths and below. dirs: one was a directory.
-func (s *pass) below(ctx context.Context, p *pipe, paths []string) (dirs bool, err error) {
-	for _, path := range paths {
-		dir, err := s.tree.WalkBelow(ctx, path, func(it *volume.Item) error { return p.send(ctx, it) })
-		if err != nil {
-			return dirs, err
+// round sweeps the places of one answer; all reports that nothing can be missing.
+func (s *pass) round(ctx context.Context, p *pipe, list []Spot, swept map[uint64]bool) (all bool, err error) {
+	all = true
+	gone := s.t.of(Gone)
+	var dirs []uint64
+	for _, m := range list {
+		if swept[m.Ino] {
+			continue
 		}
-		dirs = dirs || dir
+		at, err := s.below(ctx, p, m)
+		if err != nil {
+			return false, err
+		}
+		all = all && at.Ino == m.Ino && m.Ino != 0 && !at.Dir
+		if at.Dir {
+			dirs = append(dirs, at.Ino)
+		}
 	}
-	return dirs, nil
+	if err := p.rest(ctx); err != nil {
+		return false, err
+	}
+	if s.t.of(Gone) != gone {
+		return false, nil
+	}
+	if len(swept) > maxSwept {
+		clear(swept)
+	}
+	for _, ino := range dirs {
+		swept[ino] = true
+	}
+	return all, nil
 }
 
-func (j *job) watch(ctx context.Context) (Watch, error) {
-	if j.o.Watch == nil {
-		return unwatched{}, nil
-	}
-	w, err := j.o.Watch(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("asking the live mount what it moves: %w", err)
-	}
-	return w, nil
+// maxSwept bounds what is remembered of directories that were swept.
+const maxSwept = 1 << 16
+
+// below sends what stands at the place of a move, and below.
+func (s *pass) below(ctx context.Context, p *pipe, m Spot) (volume.Place, error) {
+	return s.tree.WalkBelow(ctx, m.Path, func(it *volume.Item) error { return p.send(ctx, it) })
 }
-
-// unwatched is the Watch of a volume that nobody has mounted.
-type unwatched struct{}
-
-func (unwatched) Mounted() bool                           { return false }
-func (unwatched) Moved(context.Context) ([]string, error) { return nil, nil }
-func (unwatched) Close()                                  {}

@@ -16,6 +16,7 @@
 //
 //	kmsfs.toml, kmsfs.toml.bak   the settings, settings.go
 //	kmsfs.lock                   who has the volume mounted, lock.go
+//	kmsfs.job                    what changes its headers just now, exclusion.go
 //	user.kmsfs                   a file's header, header.go
 //	user.kmsfs.sparse            permits holes, stored.go
 //	user.kmsfs.dir               a directory's id, dirid.go

@@ -147,8 +147,8 @@ func readOwnHeader(fd int) (raw []byte, err error) {
 	return raw, nil
 }
 
-// OnlyHeader reports whether a file carries no attributes but ours, so that what
-// fits on another such file of the volume fits on it.
+// OnlyHeader reports whether a file carries no attribute but its header, so that
+// what fits on another such file of the volume fits on it.
 func OnlyHeader(fd int) bool {
 	var small [256]byte
 	n, err := listxattr(fd, small[:])
@@ -156,7 +156,7 @@ func OnlyHeader(fd int) bool {
 		return false
 	}
 	for name := range strings.SplitSeq(string(small[:n]), "\x00") {
-		if name != "" && name != crypt.HeaderXattr && name != crypt.SparseXattr {
+		if name != "" && name != crypt.HeaderXattr {
 			return false
 		}
 	}

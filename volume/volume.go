@@ -350,18 +350,30 @@ func (v *Volume) Root() (*Dir, error) {
 	return v.newDir(fd, true)
 }
 
-// Sync makes everything durable that was written to the backing store so far.
-func (v *Volume) Sync() error {
+// A Syncer makes durable what was written to the backing store since it was opened:
+// the kernel reports a failed write-back to each descriptor once (syncfs(2)), so who
+// relies on it opens one before the first change.
+type Syncer struct{ fd int }
+
+// OpenSync opens a Syncer, which the caller closes.
+func (v *Volume) OpenSync() (*Syncer, error) {
 	fd, err := unix.Openat(v.root, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return fmt.Errorf("opening the backing directory to sync it: %w", err)
+		return nil, fmt.Errorf("opening the backing directory to sync it: %w", err)
 	}
-	defer unix.Close(fd)
-	if err := retry(func() error { return unix.Syncfs(fd) }); err != nil {
+	return &Syncer{fd}, nil
+}
+
+// Sync returns when everything written so far is durable.
+func (s *Syncer) Sync() error {
+	if err := retry(func() error { return unix.Syncfs(s.fd) }); err != nil {
 		return fmt.Errorf("syncing the backing store: %w", err)
 	}
 	return nil
 }
+
+// Close closes it.
+func (s *Syncer) Close() { unix.Close(s.fd) }
 
 // Fd is the O_PATH descriptor of the root, for statfs and the like. It is the
 // volume's.

@@ -18,7 +18,7 @@ import (
 // What Walk reports about places it does not go to.
 var (
 	// ErrOtherDevice: another file system is mounted there.
-	ErrOtherDevice = errors.New("another file system is mounted here; it is not walked")
+	ErrOtherDevice = errors.New("something else is mounted here; it is not walked")
 	// ErrMoved: the directory was moved or replaced while it was walked.
 	ErrMoved = errors.New("the directory was moved or replaced during the walk")
 	// ErrGone: the entry was listed, and was removed, renamed or replaced by
@@ -56,14 +56,32 @@ func (it *Item) Peek() (raw []byte, st unix.Stat_t, err error) {
 	if it.Err != nil {
 		return nil, st, it.Err
 	}
-	raw, errHeader := readXattrAt(it.dir.fd, it.Name)
-	if err := it.check(unix.Fstatat(it.dir.fd, it.Name, &st, unix.AT_SYMLINK_NOFOLLOW), &st); err != nil {
+	for range 2 {
+		var errHeader error
+		raw, errHeader = readXattrAt(it.dir.fd, it.Name)
+		if err := it.check(unix.Fstatat(it.dir.fd, it.Name, &st, unix.AT_SYMLINK_NOFOLLOW), &st); err != nil {
+			return nil, st, err
+		}
+		if errHeader != nil || raw != nil || st.Size == 0 {
+			return raw, st, errHeader
+		}
+		// A file that is being made gets its header, then its contents: look again.
+	}
+	return nil, st, nil
+}
+
+// PeekOwn is Peek for a file of ours whose mode forbids reading (EACCES): the mode is
+// changed for the moment.
+func (it *Item) PeekOwn() (raw []byte, st unix.Stat_t, err error) {
+	fd, err := it.Open(unix.O_PATH)
+	if err != nil {
 		return nil, st, err
 	}
-	if errHeader == unix.EACCES { // a file of ours may forbid reading
-		raw, errHeader = it.readOwn()
+	defer unix.Close(fd)
+	if raw, err = readOwnHeader(fd); err == nil {
+		err = unix.Fstat(fd, &st)
 	}
-	return raw, st, errHeader
+	return raw, st, err
 }
 
 // check judges what a look at the item's name found.
@@ -75,19 +93,21 @@ func (it *Item) check(err error, st *unix.Stat_t) error {
 		return err
 	case st.Dev != it.dir.dev:
 		return ErrOtherDevice
-	case st.Ino != it.Ino || st.Mode&unix.S_IFMT != unix.S_IFREG:
+	case st.Mode&unix.S_IFMT != unix.S_IFREG:
 		return ErrGone
+	case st.Ino == it.Ino:
+		return nil
+	case isMountpoint(it.dir.fd, it.Name): // the listing has the number of what is beneath
+		return ErrOtherDevice
 	}
-	return nil
+	return ErrGone
 }
 
-func (it *Item) readOwn() ([]byte, error) {
-	fd, err := it.Open(unix.O_PATH)
-	if err != nil {
-		return nil, err
-	}
-	defer unix.Close(fd)
-	return readOwnHeader(fd)
+// isMountpoint reports whether something is mounted on an entry, a file say.
+func isMountpoint(dirfd int, name string) bool {
+	var stx unix.Statx_t
+	err := unix.Statx(dirfd, name, unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT, 0, &stx)
+	return err == nil && stx.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT != 0 && stx.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0
 }
 
 // Open opens the item's file. With O_PATH in flags it needs no permission;
@@ -173,23 +193,33 @@ func (v *Volume) Walk(ctx context.Context, visit func(*Item) error) error {
 	return w.run(ctx)
 }
 
+// A Place is what WalkBelow found at the end of a path.
+type Place struct {
+	Ino uint64 // 0 for nothing
+	Dir bool
+}
+
 // WalkBelow is Walk for what stands at one stored path relative to the root: a
-// file, or a directory (dir says so) and everything below it. If nothing does, that
-// is ErrGone.
-func (v *Volume) WalkBelow(ctx context.Context, stored string, visit func(*Item) error) (dir bool, err error) {
-	w := &walker{v: v, visit: visit}
+// file, or a directory and everything below it. If nothing does, that is ErrGone.
+func (v *Volume) WalkBelow(ctx context.Context, stored string, visit func(*Item) error) (at Place, err error) {
+	w := &walker{v: v, visit: func(it *Item) error {
+		if it.Err == nil && !at.Dir {
+			at.Ino = it.Ino
+		}
+		return visit(it)
+	}}
 	defer w.close()
 	if err := w.enterRoot(); err != nil {
-		return false, err
+		return at, err
 	}
 	names := strings.Split(stored, "/")
 	for i, name := range names {
 		if name == "" || isDot(name) {
-			return false, fmt.Errorf("%q is not a path in a volume", stored)
+			return at, fmt.Errorf("%q is not a path in a volume", stored)
 		}
 		f := w.top()
 		if len(w.stack) == 1 && w.isOwn(name) {
-			return false, nil
+			return at, nil
 		}
 		f.list.Close() // of the way down nothing is listed
 		f.list, f.done = nil, true
@@ -198,13 +228,27 @@ func (v *Volume) WalkBelow(ctx context.Context, stored string, visit func(*Item)
 			dtype = unix.DT_UNKNOWN
 		}
 		if err := w.entry(f, rawEntry{name: name, dtype: dtype}); err != nil {
-			return false, err
+			return at, err
 		}
-		if w.top() == f { // a file, or nothing
-			return false, nil
+		if w.top() == f { // no directory
+			if at.Ino == 0 && i == len(names)-1 {
+				at.Ino = other(f.dir.fd, name)
+			}
+			return at, nil
 		}
 	}
-	return true, w.run(ctx)
+	at = Place{Ino: w.top().ino, Dir: true}
+	return at, w.run(ctx)
+}
+
+// other is the inode number of an entry that is neither a file nor a directory.
+func other(dirfd int, name string) uint64 {
+	var st unix.Stat_t
+	err := unix.Fstatat(dirfd, name, &st, unix.AT_SYMLINK_NOFOLLOW)
+	if kind := st.Mode & unix.S_IFMT; err != nil || kind == unix.S_IFREG || kind == unix.S_IFDIR {
+		return 0
+	}
+	return st.Ino
 }
 
 func (w *walker) run(ctx context.Context) error {
@@ -234,6 +278,7 @@ type frame struct {
 	dev, ino uint64
 	off      int64 // where to go on after a reopening
 	done     bool  // everything is listed
+	loose    bool  // the numbers in its listing are not those of the files (some FUSE stores)
 	dir      *walkDir
 	list     *Entries // nil while given up
 	subdirs  []rawEntry
@@ -285,11 +330,15 @@ func (w *walker) batch(f *frame) error {
 	f.subdirs = nil
 	for _, raw := range list {
 		f.off = raw.off
+		f.loose = f.loose || raw.name == "." && raw.ino != f.ino
 	}
 	slices.SortFunc(list, func(a, b rawEntry) int { return cmp.Compare(a.ino, b.ino) })
 	for _, raw := range list {
 		switch {
 		case isDot(raw.name) || len(w.stack) == 1 && w.isOwn(raw.name):
+		case raw.dtype == unix.DT_REG && f.loose:
+			raw.dtype = unix.DT_UNKNOWN // its own number has to be asked for
+			f.subdirs = append(f.subdirs, raw)
 		case raw.dtype == unix.DT_REG:
 			if err := w.visit(&Item{Name: raw.name, Ino: raw.ino, dir: f.dir}); err != nil {
 				return err

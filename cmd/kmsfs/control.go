@@ -26,7 +26,8 @@ import (
 // one line:
 //
 //	{"op":"status"}   who serves what
-//	{"op":"reload"}   read kmsfs.toml again and adopt its keys, if they may be trusted
+//	{"op":"reload"}   read kmsfs.toml again and adopt its keys, if they may be trusted;
+//	                  "leaving" are keys under which no new files may be made
 //	{"op":"moves"}    the first on a connection: note what is renamed and linked from
 //	                  now on, until the connection ends; each further one: tell it
 //
@@ -34,7 +35,8 @@ import (
 // is at the other end (SO_PEERCRED): only the user himself and root are answered,
 // and only an answer of the process that holds the volume's lock counts.
 type controlRequest struct {
-	Op string `json:"op"`
+	Op      string   `json:"op"`
+	Leaving []string `json:"leaving,omitempty"`
 
 	talk *conversation // that it is part of; only who answers has one
 }
@@ -48,11 +50,17 @@ type controlReply struct {
 	Mountpoint string   `json:"mountpoint,omitempty"`
 	Keys       []string `json:"keys,omitempty"`
 
-	// Of moves: stored paths below the backing directory, which are any bytes, so
-	// base64 here; whether some are missing; whether more are to be asked for.
-	Paths [][]byte `json:"paths,omitempty"`
-	Lost  bool     `json:"lost,omitempty"`
-	More  bool     `json:"more,omitempty"`
+	// Of moves; whether some are missing; whether more are to be asked for.
+	Moves []controlMove `json:"moves,omitempty"`
+	Lost  bool          `json:"lost,omitempty"`
+	More  bool          `json:"more,omitempty"`
+}
+
+// A controlMove is where something was moved to: a stored path below the backing
+// directory, which is any bytes, so base64 in JSON; and its inode number there.
+type controlMove struct {
+	Path []byte `json:"path"`
+	Ino  uint64 `json:"ino"`
 }
 
 const (
@@ -99,6 +107,9 @@ func (m *mounting) answer(ctx context.Context, r controlRequest) controlReply {
 		m.reloading.Lock()
 		defer m.reloading.Unlock()
 		trusted, err := m.reload(ctx)
+		if err == nil {
+			err = m.stays(trusted[0], r.Leaving)
+		}
 		if err != nil {
 			m.log.Error("the changed key list was refused", "err", err)
 			return controlReply{Error: sentence(err)}
@@ -111,11 +122,20 @@ func (m *mounting) answer(ctx context.Context, r controlRequest) controlReply {
 	return reply
 }
 
+// stays refuses that new files are made under a key that leaves, behind the sweep of
+// who asks.
+func (m *mounting) stays(first string, leaving []string) error {
+	if !has(leaving, first) {
+		return nil
+	}
+	return refuse("mount it again with another key named first, or without --key", "%s is mounted with --key %s as the key of new files, and that is to leave", m.dir, first)
+}
+
 // A conversation is what a connection keeps from one request to the next. Requests
 // come one after another.
 type conversation struct {
 	watch *fs.Watch // nil until moves are asked for
-	left  []string  // moves that were drained and had no room in a reply
+	left  []fs.Move // drained, and had no room in a reply
 }
 
 func (t *conversation) end() {
@@ -137,12 +157,12 @@ func (t *conversation) moves(server *fs.Server) controlReply {
 		t.left, reply.Lost = t.watch.Moved()
 	}
 	for size := 0; len(t.left) > 0; t.left = t.left[1:] {
-		next := []byte(t.left[0])
-		size += base64.StdEncoding.EncodedLen(len(next)) + len(`"",`)
+		next := controlMove{[]byte(t.left[0].Path), t.left[0].Ino}
+		size += base64.StdEncoding.EncodedLen(len(next.Path)) + len(`{"path":"","ino":18446744073709551615},`)
 		if size > controlMaxMove {
 			break
 		}
-		reply.Paths = append(reply.Paths, next)
+		reply.Moves = append(reply.Moves, next)
 	}
 	reply.More = len(t.left) > 0
 	return reply
@@ -300,11 +320,14 @@ func dialControl(id string, pid int) (*net.UnixConn, *unix.Ucred, error) {
 }
 
 // request sends one request and waits for the answer.
-func request(ctx context.Context, c *net.UnixConn, op string, wait time.Duration) (controlReply, error) {
+func request(ctx context.Context, c *net.UnixConn, r controlRequest, wait time.Duration) (controlReply, error) {
 	defer context.AfterFunc(ctx, func() { c.Close() })()
+	if err := ctx.Err(); err != nil {
+		return controlReply{}, err
+	}
 	_ = c.SetDeadline(time.Now().Add(wait))
 	var reply controlReply
-	if err := json.NewEncoder(c).Encode(controlRequest{Op: op}); err != nil {
+	if err := json.NewEncoder(c).Encode(r); err != nil {
 		return reply, fmt.Errorf("asking the live mount: %w", err)
 	}
 	if err := json.NewDecoder(io.LimitReader(c, controlMaxLine)).Decode(&reply); err != nil {
@@ -340,9 +363,9 @@ var errHungUp = errors.New("its control socket does not answer")
 
 // reloadMounts returns when the live mount of a volume, if there is one, has
 // adopted the key list on disk.
-func reloadMounts(ctx context.Context, dir, id string) error {
+func reloadMounts(ctx context.Context, dir, id string, leaving []string) error {
 	return askMount(ctx, func() (*volume.Holder, error) { return holderOf(dir) },
-		func(h *volume.Holder) error { return reloadMount(ctx, id, h) })
+		func(h *volume.Holder) error { return reloadMount(ctx, id, h, leaving) })
 }
 
 // askMount asks whoever has a volume mounted. A mount that starts has the lock before
@@ -375,8 +398,8 @@ func askMount(ctx context.Context, look func() (*volume.Holder, error), ask func
 	}
 }
 
-func reloadMount(ctx context.Context, id string, h *volume.Holder) error {
-	c, err := callMount(ctx, id, h, "reload", controlReload)
+func reloadMount(ctx context.Context, id string, h *volume.Holder, leaving []string) error {
+	c, err := callMount(ctx, id, h, controlRequest{Op: "reload", Leaving: leaving}, controlReload)
 	if err != nil {
 		return err
 	}
@@ -384,12 +407,12 @@ func reloadMount(ctx context.Context, id string, h *volume.Holder) error {
 }
 
 // callMount connects to a mount and makes a first request.
-func callMount(ctx context.Context, id string, h *volume.Holder, op string, wait time.Duration) (*net.UnixConn, error) {
+func callMount(ctx context.Context, id string, h *volume.Holder, r controlRequest, wait time.Duration) (*net.UnixConn, error) {
 	c, _, err := dialControl(id, h.PID)
 	if err != nil {
 		return nil, fmt.Errorf("process %d (%s): %w", h.PID, h.Owner, err)
 	}
-	_, err = request(ctx, c, op, wait)
+	_, err = request(ctx, c, r, wait)
 	if hungUp(err) && ctx.Err() == nil {
 		err = fmt.Errorf("%w: %w", errHungUp, err)
 	}

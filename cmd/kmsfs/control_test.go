@@ -28,7 +28,7 @@ func TestReloadWaitsForAMountThatStartsOrEnds(t *testing.T) {
 	}
 	reloading := func() <-chan error {
 		done := make(chan error, 1)
-		go func() { done <- reloadMounts(t.Context(), dir, id) }()
+		go func() { done <- reloadMounts(t.Context(), dir, id, nil) }()
 		select {
 		case err := <-done:
 			require.Fail(t, "it did not wait", "%v", err)
@@ -69,5 +69,5 @@ func TestReloadWaitsForAMountThatStartsOrEnds(t *testing.T) {
 	server, err = listenControl(runtime, id+".sock", func(context.Context, controlRequest) controlReply { return controlReply{Error: "refused"} })
 	require.NoError(t, err)
 	defer server.Close()
-	require.ErrorContains(t, reloadMounts(t.Context(), dir, id), "refused")
+	require.ErrorContains(t, reloadMounts(t.Context(), dir, id, nil), "refused")
 }

@@ -391,6 +391,13 @@ func (p *program) headersImport(ctx context.Context, dir, file string, f importF
 		defer ring.Close()
 		o.Keys = limitedKeys{ring, limiter(f.maxRPS)}
 	}
+	if !f.dryRun {
+		leave, err := v.Join("headers import") // a rekey meanwhile could be undone by it
+		if err != nil {
+			return err
+		}
+		defer leave()
+	}
 	show := &headersShow{program: p, out: p.out, asJSON: f.asJSON, dir: dir, file: file}
 	o.Confirm = func(plan headers.Report) error { return show.confirm(v, plan, f.answer) }
 	o.Event = func(e headers.Event, planned bool) { show.imported(e, planned && !f.dryRun) }

@@ -40,7 +40,8 @@ func (p *program) rekeyCommand() *cobra.Command {
 stand. Contents are not touched, and the data keys stay what they are.
 
   --to KEY      the copy under the old key is replaced by one under KEY
-  --add KEY     every file gets a copy under KEY besides; KEY becomes that of new files
+  --add KEY     every file gets a copy under KEY besides; KEY becomes that of new files,
+                unless kmsfs.toml lists it already: then what is missing is completed
   --remove KEY  the copy under KEY goes, where another proves to be good; never the last
   --refresh     the copy is wrapped again, by the newest material of the same key
 
@@ -66,7 +67,8 @@ and running the same command again goes on.
 
 For many workers: run it once with --prepare (steps 1 and 2), then everywhere with
 --shard 1/N to N/N (a part of step 3), then once with neither, which finds what is
-left, verifies that nothing is, and closes.
+left, proves that nothing is, and closes. (A refresh leaves no trace in a header: with
+workers it ends with them, and a run without --shard would do everything again.)
 
 What rekey does not do: it never changes a data key. If data keys have leaked, copy
 the files on the mount and rename the copies over them. Old headers in backups
@@ -197,15 +199,16 @@ func (p *program) rekey(ctx context.Context, dir string, f rekeyFlags) error {
 		return err
 	}
 	show := &rekeyShow{program: p, flags: f, dir: dir, pacer: pacer}
-	named := slices.Concat(d.Trusted, []string{f.key, f.from})
 	report, err := rekey.Run(ctx, v, newRewrapper(provider, v.ID(), f.via), rekey.Options{
 		Action: f.action, Key: f.key, From: f.from, Trusted: d.Trusted, Jobs: f.jobs,
 		Verify: f.verify, DryRun: f.dryRun, Prepare: f.prepare, Shard: f.part,
 		Confirm: func(plan rekey.Plan) error { return show.confirm(plan, f.yes) },
 		Event:   show.event,
-		Pin:     func(list []string) error { return repin(v, list, named) },
-		Reload:  func(ctx context.Context) error { return reloadMounts(ctx, dir, v.ID().String()) },
-		Watch:   func(ctx context.Context) (rekey.Watch, error) { return watchMounts(ctx, dir, v.ID().String()) },
+		Pin:     func(list []string) error { return repin(v, list, d.Trusted, f) },
+		Reload: func(ctx context.Context, leaving []string) error {
+			return reloadMounts(ctx, dir, v.ID().String(), leaving)
+		},
+		Watch: func(ctx context.Context) (rekey.Watch, error) { return watchMounts(ctx, dir, v.ID().String()) },
 	})
 	show.stop()
 	if f.dryRun && err == nil {
@@ -236,7 +239,11 @@ func (p *program) rekeyKeys(ctx context.Context, provider keys.Provider, f *reke
 // volume key: who moves a tree inside a region need not be able to read it.
 func (p *program) rekeyTrust(ctx context.Context, v *volume.Volume, provider keys.Provider, dir string, f rekeyFlags) (verdict, error) {
 	ask := trustRequest{Extra: []string{}, Accept: f.accept, Command: func(more ...string) string { return f.command(dir, more...) }}
-	for _, key := range []string{f.key, f.from} {
+	named := []string{f.key, f.from}
+	if f.action == rekey.Remove {
+		ask.Leaving, named = f.key, named[1:]
+	}
+	for _, key := range named {
 		if key != "" && !slices.Contains(ask.Extra, key) {
 			ask.Extra = append(ask.Extra, key)
 		}
@@ -251,10 +258,14 @@ func (p *program) rekeyTrust(ctx context.Context, v *volume.Volume, provider key
 // repin remembers the key list that the volume has now. A key that left it is
 // retired: an old copy of kmsfs.toml must not bring it back. The list is read from
 // the volume, so a key that was neither judged nor named must not get any further.
-func repin(v *volume.Volume, list, trusted []string) error {
+func repin(v *volume.Volume, list, trusted []string, f rekeyFlags) error {
+	var keep []string
 	for _, k := range list {
-		if !slices.Contains(trusted, k) {
-			return refuse("take it out of kmsfs.toml and run the same command again", "kmsfs.toml of %s lists the key %s, which this client does not trust", v.Path(), k)
+		switch {
+		case slices.Contains(trusted, k) || f.action != rekey.Remove && (k == f.key || k == f.from):
+			keep = append(keep, k)
+		case f.action != rekey.Remove || k != f.key: // what is on its way out is not remembered
+			return refuse("take it out with \"kmsfs rekey --remove\" and run the same command again", "kmsfs.toml of %s lists the key %s, which this client does not trust", v.Path(), k)
 		}
 	}
 	c, err := claimOf(v)
@@ -267,8 +278,8 @@ func repin(v *volume.Volume, list, trusted []string) error {
 	}
 	return config.UpdatePins(file, func(pins config.Pins) error {
 		r := trustRequest{claim: c}
-		next := r.newPin(list)
-		next.Retired = retire(pins[c.ID], list)
+		next := r.newPin(keep)
+		next.Retired = retire(pins[c.ID], keep)
 		pins[c.ID] = *next
 		return nil
 	})

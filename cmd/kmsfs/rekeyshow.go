@@ -51,8 +51,13 @@ func (s *rekeyShow) plan(plan rekey.Plan) {
 	for _, r := range plan.Routes {
 		s.say("  %s: %d files, %s, %d KMS requests a file%s", r.From, r.Files, r.Name, r.Calls, plaintextNote(r.Plaintext))
 	}
-	if plan.Bad > 0 {
-		s.say("  without a header that can be worked from: %d", plan.Bad)
+	for what, n := range map[string]int{"without a valid header": plan.Bad, "under keys that this client does not trust": plan.Strange, "that can't be read, or not be decided about": plan.Failed} {
+		if n > 0 {
+			s.say("  files %s: %d", what, n)
+		}
+	}
+	if s.flags.prepare {
+		s.say("  of this, --prepare does only kmsfs.toml and the volume key now")
 	}
 	s.say("  KMS requests: %d, about $%.2f", plan.Calls, plan.Price)
 }
@@ -128,7 +133,7 @@ type progress struct {
 func (s *rekeyShow) fileLocked(e rekey.Event) {
 	s.done++
 	switch {
-	case s.flags.asJSON && (e.Outcome == rekey.Bad || e.Outcome == rekey.Failed):
+	case s.flags.asJSON && (e.Outcome == rekey.Bad || e.Outcome == rekey.Strange || e.Outcome == rekey.Failed):
 		s.json(struct {
 			rekey.Event
 			Error string `json:"error"`
@@ -170,10 +175,26 @@ func (s *rekeyShow) finish(r rekey.Report, err error) error {
 		return fmt.Errorf("rekeying %s: %w", s.dir, err)
 	case !r.Done:
 		return fail(exitPartial, s.mend(r), "%d of the files of %s could not be dealt with", r.Failed, s.dir)
+	case r.Strange > 0:
+		return fail(exitPartial, "if you trust those keys, move these files with --from KEY; \"kmsfs status\" lists the keys", "%d files of %s are under keys that this client does not trust%s, and were left as they are", r.Strange, s.dir, besides(r.Bad))
 	case r.Bad > 0:
-		return fail(exitPartial, "restore their headers (kmsfs headers import) or delete those files", "%d files of %s have no valid header under a trusted key and were left as they are", r.Bad, s.dir)
+		return fail(exitPartial, "restore their headers (kmsfs headers import) or delete those files", "%d files of %s have no valid header and were left as they are", r.Bad, s.dir)
 	}
 	return nil
+}
+
+func besides(bad int) string {
+	if bad == 0 {
+		return ""
+	}
+	return fmt.Sprintf(", %d more have no valid header", bad)
+}
+
+func every(r rekey.Report) string {
+	if n := r.Bad + r.Strange; n > 0 {
+		return fmt.Sprintf("every file but %d", n)
+	}
+	return "every file"
 }
 
 // unless is for files whose headers are lost here and may be had elsewhere.
@@ -200,6 +221,7 @@ func (s *rekeyShow) jsonReport(r rekey.Report, err error) {
 		Changed   int            `json:"changed"`
 		Already   int            `json:"already"`
 		Bad       int            `json:"bad"`
+		Strange   int            `json:"strange"`
 		Failed    int            `json:"failed"`
 		Verified  int            `json:"verified"`
 		Remaining int            `json:"remaining"`
@@ -208,7 +230,7 @@ func (s *rekeyShow) jsonReport(r rekey.Report, err error) {
 		Passes    int            `json:"passes"`
 		Retired   []string       `json:"retired_keys,omitempty"`
 		Error     string         `json:"error,omitempty"`
-	}{"done", r.Done, r.Changed, r.Already, r.Bad, r.Failed, r.Verified, r.Remaining, r.Now.Headers, r.Calls, r.Passes, r.Retired, ""}
+	}{"done", r.Done, r.Changed, r.Already, r.Bad, r.Strange, r.Failed, r.Verified, r.Remaining, r.Now.Headers, r.Calls, r.Passes, r.Retired, ""}
 	if err != nil {
 		out.Error = sentence(err)
 	}
@@ -219,7 +241,7 @@ func (s *rekeyShow) report(r rekey.Report, err error) {
 	for _, problem := range r.Problems {
 		fmt.Fprintf(s.err, "kmsfs: %s: %s: %s\n", problem.Path, problem.Outcome, sentence(problem.Err))
 	}
-	if n := r.Failed + r.Bad - len(r.Problems); n > 0 {
+	if n := r.Failed + r.Bad + r.Strange - len(r.Problems); n > 0 {
 		fmt.Fprintf(s.err, "kmsfs: and %d more\n", n)
 	}
 	if r.Passes > 0 {
@@ -254,14 +276,18 @@ func (s *rekeyShow) conclude(r rekey.Report) {
 	case !r.Done && leaving != "":
 		s.say("%d headers remain under %s, which this tree still needs", r.Remaining, leaving)
 	case !r.Done:
+	case s.flags.prepare && r.Plan.Action == rekey.Refresh:
+		s.say("prepared: now run the workers with --shard; after them nothing is left to do")
 	case s.flags.prepare:
 		s.say("prepared: now run the workers with --shard, then this command with neither --prepare nor --shard")
+	case s.flags.shard != "" && r.Plan.Action == rekey.Refresh:
+		s.say("part %s is done", s.flags.shard)
 	case s.flags.shard != "":
 		s.say("part %s is done; after all parts, run this command once without --shard", s.flags.shard)
 	case len(r.Retired) > 0:
 		s.say("this tree no longer needs %s%s; copies of old headers elsewhere, in backups say, still do", strings.Join(r.Retired, " and "), unless(r.Bad))
 	case r.Plan.Action == rekey.Add:
-		s.say("every file opens under %s now, beside its other keys; new files get a copy under the first key of kmsfs.toml only, so run this again before another key is relied upon", r.Plan.Key)
+		s.say("%s opens under %s now, beside its other keys; new files get a copy under the first key of kmsfs.toml only, so run this again before another key is relied upon", every(r), r.Plan.Key)
 	case r.Plan.Action == rekey.Refresh && r.Gone > 0:
 		s.say("%d entries were renamed or removed meanwhile and may still be under older material of the same key", r.Gone)
 	}

@@ -155,7 +155,7 @@ func (k keyReport) notes() (text string) {
 		text += ", NOT LISTED in kmsfs.toml"
 	}
 	if k.Retired {
-		text += ", retired: rekey again to move what is left"
+		text += fmt.Sprintf(", retired: \"kmsfs rekey DIR --to KEY --from %s\" moves what is left", k.Key)
 	}
 	switch a, err := crypt.ParseARN(k.Key); {
 	case k.Local:

@@ -56,7 +56,8 @@ type trustRequest struct {
 	claim     claim
 	Named     []string  // the complete list, from --key or the configuration
 	Live      *standing // what a running mount goes by; it adopts a change of the list
-	Extra     []string  // keys that a rekey was told of by --from and --to; nil = no rekey
+	Extra     []string  // keys that a rekey was told of by --from, --to and --add; nil = no rekey
+	Leaving   string    // the key of rekey --remove: it may stand in the list, and is not trusted for being named
 	Accept    []string  // --accept-key
 	AcceptNew bool      // --accept-new
 
@@ -96,6 +97,9 @@ func judge(r trustRequest) (verdict, error) {
 	if known && (pin.Commitment != r.claim.Commitment || pin.Settings != r.claim.Digest) {
 		return verdict{}, refuse("restore kmsfs.toml from a backup (kmsfs.toml.bak is the last but one)",
 			"kmsfs.toml of %s has changed in what never changes (the volume key, format, block size or names), compared with what %s remembers", r.claim.Dir, r.PinsFile)
+	}
+	if i := slices.Index(r.claim.Keys, r.Leaving); i >= 0 && len(r.claim.Keys) > 1 && !slices.Contains(pin.Keys, r.Leaving) {
+		r.claim.Keys = slices.Delete(slices.Clone(r.claim.Keys), i, i+1)
 	}
 	if !known && r.Live != nil { // somebody deleted the pin of a running mount: nothing was gained or lost
 		pin.Keys, pin.Retired = r.Live.Pinned, r.Live.Retired

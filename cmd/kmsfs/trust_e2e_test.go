@@ -43,7 +43,7 @@ func (c *client) mountKeys(dir string) []string {
 	conn, _, err := dialControl(volumeIDOf(c.t, dir), 0)
 	require.NoError(c.t, err)
 	defer conn.Close()
-	reply, err := request(c.t.Context(), conn, "status", controlIdle)
+	reply, err := request(c.t.Context(), conn, controlRequest{Op: "status"}, controlIdle)
 	require.NoError(c.t, err)
 	return reply.Keys
 }
@@ -89,9 +89,9 @@ func TestRepinRefusesAStranger(t *testing.T) {
 	v, err := volume.Open(dir)
 	require.NoError(t, err)
 	defer v.Close()
-	require.ErrorContains(t, repin(v, s("local:next", "local:default", keyOther), s("local:default", "local:next", "")), keyOther)
+	require.ErrorContains(t, repin(v, s("local:next", "local:default", keyOther), s("local:default", "local:next", ""), rekeyFlags{}), keyOther)
 	require.Equal(t, s("local:default"), c.pinOf().Keys)
-	require.NoError(t, repin(v, s("local:next"), s("local:default", "local:next", "")))
+	require.NoError(t, repin(v, s("local:next"), s("local:default", "local:next", ""), rekeyFlags{}))
 	require.Equal(t, s("local:next"), c.pinOf().Keys)
 	require.Equal(t, s("local:default"), c.pinOf().Retired)
 }

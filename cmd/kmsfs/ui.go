@@ -93,6 +93,8 @@ var advice = []struct {
 	{rekey.ErrLastCopy, exitUsage, ""},
 	{rekey.ErrNotListed, exitUsage, "\"kmsfs status\" shows its keys"},
 	{rekey.ErrNotPrepared, exitUsage, ""},
+	{rekey.ErrTooMany, exitUsage, "\"kmsfs rekey --remove\" takes one out"},
+	{rekey.ErrOvertaken, exitPartial, ""},
 	{context.Canceled, exitPartial, "run the same command again to go on"},
 	{volume.ErrNotVolume, exitUsage, ""},
 	{volume.ErrNotEmpty, exitUsage, ""},

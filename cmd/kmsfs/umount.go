@@ -63,7 +63,7 @@ func findDaemon(ctx context.Context, dir, point string) int {
 		defer v.Close()
 		if c, peer, err := dialControl(v.ID().String(), 0); err == nil {
 			defer c.Close()
-			if r, err := request(ctx, c, "status", controlIdle); err == nil && r.Mountpoint == point {
+			if r, err := request(ctx, c, controlRequest{Op: "status"}, controlIdle); err == nil && r.Mountpoint == point {
 				pid = int(peer.Pid)
 			}
 		}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"kmsfs/rekey"
 	"kmsfs/volume"
 )
 
@@ -25,11 +27,11 @@ type mountWatch struct {
 	stop    context.CancelFunc // ends the asking
 	polling sync.WaitGroup
 
-	mu     sync.Mutex          // held over a request, too
-	moved  map[string]struct{} // guarded by mu
-	bytes  int                 // guarded by mu; of moved
-	lost   bool                // guarded by mu; some of what was moved is not known
-	broken error               // guarded by mu; why the watch is worth nothing any more
+	mu     sync.Mutex              // held over a request, too
+	moved  map[rekey.Spot]struct{} // guarded by mu
+	bytes  int                     // guarded by mu; of moved
+	lost   bool                    // guarded by mu; some of what was moved is not known
+	broken error                   // guarded by mu; why the watch is worth nothing any more
 }
 
 var (
@@ -52,12 +54,12 @@ func watchMounts(ctx context.Context, dir, id string) (*mountWatch, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &mountWatch{volume: v, stop: func() {}, moved: map[string]struct{}{}}
+	w := &mountWatch{volume: v, stop: func() {}, moved: map[rekey.Spot]struct{}{}}
 	err = askMount(ctx, func() (*volume.Holder, error) {
 		w.seen, err = v.Look()
 		return w.seen.Holder, err
 	}, func(h *volume.Holder) error {
-		w.conn, err = callMount(ctx, id, h, "moves", controlIdle)
+		w.conn, err = callMount(ctx, id, h, controlRequest{Op: "moves"}, controlIdle)
 		return err
 	})
 	if err != nil {
@@ -77,23 +79,23 @@ func watchMounts(ctx context.Context, dir, id string) (*mountWatch, error) {
 func (w *mountWatch) Mounted() bool { return w.conn != nil }
 
 // Moved returns, once, where each thing that the mount moved since the last call
-// stood after its move: stored paths below the backing directory. Without a mount
+// stood after its move. Without a mount
 // there are none. An error says that moves may have been missed since the last call.
 // Unless it is errMovesLost, the watch is of no more use: it has to be closed, and
 // another made.
-func (w *mountWatch) Moved(ctx context.Context) ([]string, error) {
+func (w *mountWatch) Moved(ctx context.Context) ([]rekey.Spot, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.refreshLocked(ctx)
 	if w.broken != nil {
 		return nil, w.broken
 	}
-	paths, lost := slices.Sorted(maps.Keys(w.moved)), w.lost
-	w.moved, w.bytes, w.lost = map[string]struct{}{}, 0, false
+	list, lost := slices.SortedFunc(maps.Keys(w.moved), func(a, b rekey.Spot) int { return cmp.Compare(a.Path, b.Path) }), w.lost
+	w.moved, w.bytes, w.lost = map[rekey.Spot]struct{}{}, 0, false
 	if lost {
 		return nil, errMovesLost
 	}
-	return paths, nil
+	return list, nil
 }
 
 // Close ends the watch.
@@ -152,29 +154,29 @@ func (w *mountWatch) stillUnmounted() error {
 // drainLocked asks the mount for everything that it has noted.
 func (w *mountWatch) drainLocked(ctx context.Context) error {
 	for more := w.conn != nil; more; {
-		r, err := request(ctx, w.conn, "moves", controlIdle)
+		r, err := request(ctx, w.conn, controlRequest{Op: "moves"}, controlIdle)
 		if err != nil {
 			return fmt.Errorf("%w: %w", errMountChanged, err)
 		}
 		w.lost = w.lost || r.Lost
-		for _, p := range r.Paths {
-			w.keepLocked(string(p))
+		for _, m := range r.Moves {
+			w.keepLocked(rekey.Spot{Path: string(m.Path), Ino: m.Ino})
 		}
 		more = r.More
 	}
 	return nil
 }
 
-func (w *mountWatch) keepLocked(path string) {
-	if _, again := w.moved[path]; again {
+func (w *mountWatch) keepLocked(m rekey.Spot) {
+	if _, again := w.moved[m]; again {
 		return
 	}
-	if w.bytes += len(path) + watchPathCost; w.bytes > watchMaxBytes {
+	if w.bytes += len(m.Path) + watchPathCost; w.bytes > watchMaxBytes {
 		w.lost = true
 	}
 	if w.lost { // then they are of no use to anybody
 		clear(w.moved)
 		return
 	}
-	w.moved[path] = struct{}{}
+	w.moved[m] = struct{}{}
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"kmsfs/config"
+	"kmsfs/rekey"
 	"kmsfs/volume"
 )
 
@@ -87,15 +88,22 @@ func (m *fakeMount) watch() *mountWatch {
 
 func movesOf(paths ...string) (r controlReply) {
 	for _, p := range paths {
-		r.Paths = append(r.Paths, []byte(p))
+		r.Moves = append(r.Moves, controlMove{Path: []byte(p)})
 	}
 	return r
 }
 
 func movedOf(t *testing.T, w *mountWatch) []string {
 	t.Helper()
-	paths, err := w.Moved(t.Context())
+	list, err := w.Moved(t.Context())
 	require.NoError(t, err)
+	return pathsOf(list)
+}
+
+func pathsOf(list []rekey.Spot) (paths []string) {
+	for _, m := range list {
+		paths = append(paths, m.Path)
+	}
 	return paths
 }
 
@@ -229,10 +237,10 @@ func TestWatchIsInterrupted(t *testing.T) {
 
 // More than the client keeps is lost, not kept.
 func TestWatchKeepsNoEndOfPaths(t *testing.T) {
-	w := &mountWatch{moved: map[string]struct{}{}}
+	w := &mountWatch{moved: map[rekey.Spot]struct{}{}}
 	path := strings.Repeat("x", 4000)
 	for i := range watchMaxBytes/4000 + 1 {
-		w.keepLocked(fmt.Sprint(i, path))
+		w.keepLocked(rekey.Spot{Path: fmt.Sprint(i, path)})
 	}
 	require.True(t, w.lost)
 	require.Empty(t, w.moved)
