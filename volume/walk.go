@@ -32,6 +32,7 @@ var (
 // many goroutines as there are idle disks.
 type Item struct {
 	Name string // stored name in its directory
+	Type uint8  // unix.DT_*; Walk meets DT_REG only
 	Ino  uint64 // inode number on the backing store
 	Err  error  // what is wrong with this place; then only Path may be called
 
@@ -44,6 +45,9 @@ type Item struct {
 func (it *Item) Path() string {
 	if it.Err != nil {
 		return it.full
+	}
+	if it.IsSidecar() { // it has no plain name
+		return path.Join(it.dir.path, it.Name)
 	}
 	return path.Join(it.dir.path, it.dir.plain(it.Name))
 }
@@ -151,11 +155,14 @@ func (it *Item) Release() {
 
 // walkDir is a directory's descriptor, shared by the walk and the items held.
 type walkDir struct {
-	fd    int
-	dev   uint64 // the volume's
-	path  string
-	names *Dir // translates names; its fd is borrowed. nil if names can't be translated
-	refs  atomic.Int32
+	v      *Volume
+	fd     int
+	dev    uint64 // the volume's
+	root   bool
+	path   string
+	stored string // as path, of stored names
+	names  *Dir   // translates names; its fd is borrowed. nil if names can't be translated
+	refs   atomic.Int32
 }
 
 // plain is a name for messages.
@@ -266,6 +273,7 @@ func (w *walker) run(ctx context.Context) error {
 type walker struct {
 	v     *Volume
 	visit func(*Item) error
+	all   bool     // visit is called for every entry, whatever it is
 	stack []*frame // from the root down to the directory being listed
 }
 
@@ -275,6 +283,7 @@ type walker struct {
 type frame struct {
 	stored   string // name in its parent
 	path     string
+	at       string // as path, of stored names
 	dev, ino uint64
 	off      int64 // where to go on after a reopening
 	done     bool  // everything is listed
@@ -335,16 +344,16 @@ func (w *walker) batch(f *frame) error {
 	slices.SortFunc(list, func(a, b rawEntry) int { return cmp.Compare(a.ino, b.ino) })
 	for _, raw := range list {
 		switch {
-		case isDot(raw.name) || len(w.stack) == 1 && w.isOwn(raw.name):
+		case isDot(raw.name) || len(w.stack) == 1 && w.passesOver(raw.name):
 		case raw.dtype == unix.DT_REG && f.loose:
 			raw.dtype = unix.DT_UNKNOWN // its own number has to be asked for
 			f.subdirs = append(f.subdirs, raw)
-		case raw.dtype == unix.DT_REG:
-			if err := w.visit(&Item{Name: raw.name, Ino: raw.ino, dir: f.dir}); err != nil {
-				return err
-			}
 		case raw.dtype == unix.DT_DIR, raw.dtype == unix.DT_UNKNOWN:
 			f.subdirs = append(f.subdirs, raw)
+		case raw.dtype == unix.DT_REG || w.all:
+			if err := w.visit(&Item{Name: raw.name, Type: raw.dtype, Ino: raw.ino, dir: f.dir}); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -354,6 +363,11 @@ func (w *walker) batch(f *frame) error {
 // names are symlinks, which a walk passes over anyway.
 func (w *walker) isOwn(stored string) bool {
 	return strings.HasPrefix(stored, ownPrefix) && !(w.v.encrypted() && isLong(stored))
+}
+
+// passesOver reports whether an entry of the root is left out.
+func (w *walker) passesOver(stored string) bool {
+	return w.isOwn(stored) && !(w.all && w.v.encrypted() && isSidecar(stored))
 }
 
 // entry looks at what may be a directory and goes down into it.
@@ -370,12 +384,19 @@ func (w *walker) entry(f *frame, raw rawEntry) error {
 	switch {
 	case err != nil:
 		return w.report(full(), err)
-	case kind != unix.S_IFREG && kind != unix.S_IFDIR:
+	case kind != unix.S_IFREG && kind != unix.S_IFDIR && !w.all:
 		return nil
 	case st.Dev != w.v.dev:
 		return w.report(full(), ErrOtherDevice)
-	case kind == unix.S_IFREG:
-		return w.visit(&Item{Name: raw.name, Ino: st.Ino, dir: f.dir})
+	}
+	it := &Item{Name: raw.name, Type: uint8(kind >> 12), Ino: st.Ino, dir: f.dir} // DT_* is S_IF* shifted
+	if kind != unix.S_IFDIR {
+		return w.visit(it)
+	}
+	if w.all {
+		if err := w.visit(it); err != nil {
+			return err
+		}
 	}
 	return w.enter(f, raw.name, full())
 }
@@ -392,7 +413,7 @@ func (w *walker) enter(f *frame, stored, full string) error {
 	if len(w.stack) > walkOpen {
 		f.giveUp()
 	}
-	if err := w.push(&frame{stored: stored, path: full}, fd); err != nil {
+	if err := w.push(&frame{stored: stored, path: full, at: path.Join(f.at, stored)}, fd); err != nil {
 		return w.report(full, err)
 	}
 	return nil
@@ -429,7 +450,8 @@ func (w *walker) list(f *frame, fd int) error {
 			return err
 		}
 	}
-	f.dir, f.list = &walkDir{fd: fd, dev: w.v.dev, path: f.path, names: w.translator(fd, f.stored == "")}, e
+	root := f.stored == ""
+	f.dir, f.list = &walkDir{v: w.v, fd: fd, dev: w.v.dev, root: root, path: f.path, stored: f.at, names: w.translator(fd, root)}, e
 	f.dir.refs.Store(1)
 	return nil
 }

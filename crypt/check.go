@@ -1,0 +1,91 @@
+package crypt
+
+import "fmt"
+
+// IsStoredName reports whether a stored name has the form that EncryptName gives:
+// what can be told of it without the volume's key.
+func IsStoredName(stored string) bool {
+	raw, err := decodeName(stored)
+	return err == nil && len(raw) > sivSize && len(raw) <= sivSize+MaxName
+}
+
+// EndRange is the plaintext range that can't be read while the end of a file of so
+// many stored bytes is bad: that of the last block that exists.
+func EndRange(stored int64, blockSize int) (from, to int64) {
+	l := newLayout(blockSize)
+	size := l.plain(stored)
+	return l.last(size) * l.block, size
+}
+
+// CheckSize judges a stored size by the end rule, without any key.
+func CheckSize(stored int64, blockSize int) error {
+	switch n := stored % newLayout(blockSize).record; {
+	case stored == 0 || n >= RecordOverhead:
+		return nil
+	case n == 0:
+		return fmt.Errorf("the end of the file is missing: %w", ErrDamaged)
+	default:
+		return fmt.Errorf("the end of the file is torn: %w", ErrDamaged)
+	}
+}
+
+// CutEnd cuts a bad end off, back to the last record that is good, and returns the
+// new size. It is for who has decided to lose what stands behind that record; nothing
+// before it is touched. If no good record is near the file stays as it is. On a file
+// whose end is good it does nothing.
+func (f *File) CutEnd() (int64, error) {
+	f.shape.Lock()
+	defer f.shape.Unlock()
+	size := f.size.Load()
+	c := f.cipher.Load()
+	if f.EndErr() == nil {
+		return size, nil
+	}
+	if c == nil {
+		return size, ErrWiped
+	}
+	good, err := f.lastGood(c, f.l.tail(size)-1)
+	if err != nil {
+		return size, err
+	}
+	r, err := c.start(1)
+	if err != nil {
+		return size, err
+	}
+	block := good + 1
+	tail := r.seal(nil, block, nil)
+	if _, err := f.put(tail, block); err != nil {
+		return size, err
+	}
+	if err := f.b.Sync(); err != nil {
+		return size, err
+	}
+	size = block * f.l.block
+	if err := f.b.Truncate(f.l.stored(size)); err != nil {
+		return f.size.Load(), err
+	}
+	f.tail = tail
+	f.size.Store(size)
+	f.bad.Store(nil)
+	return size, nil
+}
+
+// maxCutBack bounds the search, in records: whoever can write the backing directory
+// can make a file as long as he likes.
+const maxCutBack = 1 << 18
+
+// lastGood is the last full record, from block backwards, that opens.
+func (f *File) lastGood(c *sealer, block int64) (int64, error) {
+	record := make([]byte, f.l.record)
+	plain := make([]byte, f.l.block)
+	for o, first := c.opener(), max(0, block-maxCutBack); block >= first; block-- {
+		n, err := f.b.ReadAt(record, f.l.offset(block))
+		if n < len(record) {
+			return 0, fmt.Errorf("reading back from the end (%v): %w", err, ErrDamaged)
+		}
+		if f.open(o, plain, block, record) == nil {
+			return block, nil
+		}
+	}
+	return 0, fmt.Errorf("no whole block before the end is good: %w", ErrDamaged)
+}
