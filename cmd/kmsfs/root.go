@@ -72,7 +72,7 @@ key, the ARN of an alias (resolved once), or local:NAME.` + statuses(0, 1, 2, 3,
 	}
 	root.PersistentFlags().StringVar(&p.configFile, "config", "", "read this `FILE` after the usual configuration files")
 	root.AddCommand(p.initCommand(), p.mountCommand(), p.umountCommand(), p.inspectCommand(),
-		p.keyCommand(), p.rekeyCommand(), p.statusCommand(), p.headersCommand(), p.versionCommand())
+		p.keyCommand(), p.rekeyCommand(), p.statusCommand(), p.fsckCommand(), p.headersCommand(), p.versionCommand())
 	return root
 }
 

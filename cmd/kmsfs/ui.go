@@ -168,7 +168,7 @@ func diagnose(err error) (status int, next string) {
 // sentence is what a person reads about an error.
 func sentence(err error) string {
 	_, next := diagnose(err)
-	text := strings.ReplaceAll(strings.TrimRight(err.Error(), "\n; "), "\n", "; ")
+	text := oneLine(err.Error())
 	var k *keys.Error
 	if errors.As(err, &k) && k.Region != "" && !strings.Contains(text+next, "region "+k.Region) {
 		text += " (region " + k.Region + ")"
@@ -177,6 +177,11 @@ func sentence(err error) string {
 		text += "; " + next
 	}
 	return text
+}
+
+// oneLine joins the lines of an error.
+func oneLine(text string) string {
+	return strings.ReplaceAll(strings.TrimRight(text, "\n; "), "\n", "; ")
 }
 
 // A console is where the program speaks and listens.

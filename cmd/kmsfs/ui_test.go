@@ -109,12 +109,15 @@ func TestEveryFlagHasItsKey(t *testing.T) {
 		"mount --options": "", // each option has its own
 		"rekey --jobs":    "jobs", "rekey --max-rps": "max_rps", "rekey --accept-key": "accept_keys", "rekey --verify": "verify",
 		"import --jobs": "jobs", "import --max-rps": "max_rps", // of rekey
+		"fsck --jobs": "jobs", "fsck --max-rps": "max_rps", // of rekey
+		"fsck --key": "keys", "fsck --accept-new": "accept_new", "fsck --accept-key": "accept_keys",
 		"import --key": "keys", "import --accept-new": "accept_new", "import --accept-key": "accept_keys",
 	}
 	thisRun := map[string]bool{}
 	for command, flags := range map[string]string{
 		"rekey":  "to add remove refresh from via prepare shard dry-run json yes",
 		"export": "force json", "import": "verify no-verify force dry-run json yes",
+		"fsck":    "data repair cut-ends quarantine no-keys json",
 		"inspect": "json", "status": "json",
 	} {
 		for flag := range strings.FieldsSeq(flags) {
