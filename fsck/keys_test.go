@@ -194,7 +194,7 @@ func TestNothingIsLeft(t *testing.T) {
 	}
 	require.Equal(t, keys, crypt.LiveKeys())
 	require.Equal(t, fds, openFDs(t))
-	require.Equal(t, routines, runtime.NumGoroutine())
+	require.LessOrEqual(t, runtime.NumGoroutine(), routines)
 }
 
 func openFDs(t *testing.T) int {

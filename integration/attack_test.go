@@ -103,6 +103,7 @@ func TestBlockAttacks(t *testing.T) {
 			v := attacked(t, e)
 			r.attack(t, v)
 			v.Damaged()
+			requireFsckDamage(t, v, "file", r.want)
 			v.Mount()
 			requireDamage(t, v.Path("file"), r.want)
 			require.Equal(t, harness.Noise(size + 1)[1:], harness.ReadAt(t, v.Path("other"), 0, size), "the neighbour")
@@ -211,6 +212,7 @@ func TestCopyUnderForeignKey(t *testing.T) {
 	raw, err := h.Marshal()
 	require.NoError(t, err)
 	setHeader(t, path, raw)
+	requireFsckSays(t, v, "file key")
 	v.Mount()
 	require.ErrorIs(t, harness.Try(v.Path("file"), unix.O_RDONLY, 0), unix.EKEYREJECTED)
 	deletable(t, v, "file")
@@ -241,6 +243,9 @@ func TestNameAttacks(t *testing.T) {
 	require.NoError(t, os.WriteFile(filepath.Join(filepath.Dir(stored["b"]), "invented"), []byte("junk"), 0o600))
 	require.NoError(t, os.Remove(storedLong+".n"))
 	swapIDs(t, filepath.Dir(stored["c"]), filepath.Dir(stored["d"]))
+	name := func(path string) string { return "kmsfs.damaged." + filepath.Base(path) + " name" }
+	requireFsckSays(t, v, "b/"+name(moved), "b/kmsfs.damaged.invented name", "b/kmsfs.damaged.invented header",
+		"a/"+name(storedLong), "c/"+name(stored["c"]), "d/"+name(stored["d"]), "b/kmsfs.damaged.invented end")
 	v.Mount()
 
 	names := readdir(t, v.Path("b"))
@@ -303,6 +308,7 @@ func TestForgedDirectoryID(t *testing.T) {
 	v.Umount()
 	v.Damaged()
 	require.NoError(t, unix.Setxattr(stored, "user.kmsfs.dir", make([]byte, 48), 0))
+	requireFsckSays(t, v, "dir directory-id")
 	v.Mount()
 	_, err := os.ReadFile(v.Path("dir", "file"))
 	require.Error(t, err)

@@ -322,6 +322,11 @@ func TestBadHeaders(t *testing.T) {
 			same := harness.Unchanged(t, v.Dir)
 			got := e.Kmsfs("inspect", stored)
 			require.Equal(t, r.inspect, got.Status, "%v", got)
+			kind := "header"
+			if r.name == "commitment changed" { // only the key can tell
+				kind = "key"
+			}
+			requireFsckSays(t, v, "file "+kind)
 			v.Mount()
 			require.ErrorIs(t, harness.Try(v.Path("file"), unix.O_RDONLY, 0), unix.EBADMSG)
 			require.ErrorIs(t, harness.Try(v.Path("file"), unix.O_RDWR, 0), unix.EBADMSG)
@@ -348,6 +353,10 @@ func TestMovedHeaders(t *testing.T) {
 		if swap {
 			setHeader(t, other, mine)
 		}
+		found, _, result := fsck(t, v, "--data")
+		require.Equal(t, statusDamaged, result.Status, "%v", result)
+		require.Equal(t, all.bad, badBlocks(found)["file"])
+		require.Equal(t, swap, len(badBlocks(found)) == 2, "%v", result)
 		v.Mount()
 		return v
 	}

@@ -198,7 +198,7 @@ func (s *fsckShow) status(r fsck.Report, err error) error {
 	case unavailable > 0:
 		return fail(exitUnavailable, "run it again", "the contents of %d files of %s were not checked, since KMS was unavailable: %w", unavailable, s.dir, why)
 	case r.Unread > 0:
-		return fail(exitPartial, "run it as root, or as the owner", "%d places of %s could not be read and were not checked", r.Unread, s.dir)
+		return fail(exitPartial, "run it as root, or as an owner who may read them", "%d places of %s could not be read and were not checked", r.Unread, s.dir)
 	}
 	return nil
 }
