@@ -29,7 +29,7 @@ fuzz: ## fuzz each target for FUZZTIME (default 20s)
 	@scripts/fuzz.sh $(or $(FUZZTIME),20s)
 
 race: ## the concurrent packages under the race detector
-	go test -race -short -timeout 20m ./crypt/... ./keys/... ./volume/... ./fs/... ./rekey/... ./headers/...
+	go test -race -short -timeout 20m ./crypt/... ./keys/... ./volume/... ./fs/... ./rekey/... ./headers/... ./fsck/...
 
 lint: ## go vet, gofmt, the import table, seeds of fuzz targets
 	go vet ./... && go test ./internal/lint
