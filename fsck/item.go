@@ -24,8 +24,7 @@ func (j *job) item(ctx context.Context, it *volume.Item) error {
 		j.sidecar(it)
 		return nil
 	}
-	j.node(it)
-	return nil
+	return j.node(ctx, it)
 }
 
 // lost is a place that the walk could not go to.
@@ -147,11 +146,14 @@ func changed(it *volume.Item, w *view) bool {
 }
 
 // node checks a directory, a symlink or a special file.
-func (j *job) node(it *volume.Item) {
-	w, _ := j.confirmed(context.Background(), it, func() (view, error) { return j.lookNode(it), nil })
+func (j *job) node(ctx context.Context, it *volume.Item) error {
+	w, err := j.confirmed(ctx, it, func() (view, error) { return j.lookNode(it), nil })
+	if err != nil {
+		return err
+	}
 	if w.gone {
 		j.count(func(r *Report) { r.Vanished++ })
-		return
+		return nil
 	}
 	switch it.Type {
 	case unix.DT_DIR:
@@ -167,6 +169,7 @@ func (j *job) node(it *volume.Item) {
 		}
 		j.tell(f)
 	}
+	return nil
 }
 
 func (j *job) giveID(it *volume.Item) error {
@@ -228,7 +231,7 @@ func (j *job) lookDir(it *volume.Item, fd int, w *view) {
 	if j.v.Names() != volume.NamesEncrypted {
 		return
 	}
-	raw, err := volume.StoredDirID(fd)
+	raw, err := volume.PeekDirID(fd)
 	if err != nil {
 		w.add(j.judge(it, DirID, err))
 		return

@@ -64,7 +64,7 @@ func (j *job) idOf(it *volume.Item) (id twinID, ok bool) {
 	}
 	defer unix.Close(fd)
 	if it.Type == unix.DT_DIR {
-		raw, err := volume.StoredDirID(fd)
+		raw, err := volume.PeekDirID(fd)
 		if err != nil || len(raw) != volume.DirXattrSize {
 			return id, false
 		}

@@ -601,26 +601,39 @@ func badBlocksOfInodes(t *testing.T, v *harness.Volume, found []finding) map[uin
 	return out
 }
 
-// TestFsckAsUser: an owner without privilege checks his volume. A file that its mode
-// hides from him is not touched: he is told that it was not checked.
+// TestFsckAsUser: an owner without privilege checks his volume. What its mode hides
+// from him is not touched, not for a moment: he is told that it was not checked.
 func TestFsckAsUser(t *testing.T) {
-	v := attacked(t, harness.New(t))
+	v := local(t)
+	for _, dir := range []string{"dir", "hidden"} {
+		require.NoError(t, os.Mkdir(v.Path(dir), 0o700))
+		require.NoError(t, os.WriteFile(v.Path(dir, "file"), harness.Noise(size), 0o444))
+	}
+	require.NoError(t, os.WriteFile(v.Path("file"), harness.Noise(size), 0o444))
+	hidden := []string{v.Stored("hidden"), v.Stored("file")}
+	v.Umount()
 	v.Damaged()
 	v.Env.Do("chown", "-R", fmt.Sprintf("%d:%d", nobody, nobody), v.Env.Root)
-	require.NoError(t, os.Chmod(filepath.Join(v.Dir, "other"), 0o444))
 	v.Env = v.Env.As(nobody, nobody)
 	same := harness.Unchanged(t, v.Dir)
 	found, _, r := fsck(t, v, "--data")
 	require.Zero(t, r.Status, "%v", r)
 	require.Empty(t, found)
 	same()
-	require.NoError(t, os.Chmod(filepath.Join(v.Dir, "other"), 0))
-	same = harness.Unchanged(t, v.Dir)
+	var before [2]unix.Stat_t
+	for i, path := range hidden {
+		require.NoError(t, os.Chmod(path, 0))
+		require.NoError(t, unix.Lstat(path, &before[i]))
+	}
 	found, end, r := fsck(t, v, "--data")
 	require.Equal(t, statusPartial, r.Status, "%v", r)
-	require.Equal(t, []string{"other access"}, said(found))
-	require.EqualValues(t, 1, end.Unread)
-	same()
+	require.Equal(t, []string{"file access", "hidden access"}, slices.Compact(said(found)))
+	require.NotZero(t, end.Unread)
+	for i, path := range hidden {
+		var st unix.Stat_t
+		require.NoError(t, unix.Lstat(path, &st))
+		require.Equal(t, before[i].Ctim, st.Ctim, path)
+	}
 }
 
 // TestFsckInterrupted: a signal ends a check at once, with the status that says so.
@@ -713,5 +726,44 @@ func spoilNames(t *testing.T, r *rand.Rand, v *harness.Volume) string {
 		file := backingFiles(t, v)[0]
 		require.NoError(t, unix.Setxattr(file, crypt.UserXattrPrefix+strings.Repeat("C", 30), []byte("x"), 0))
 		return "attribute of " + file
+	}
+}
+
+// TestFsckRandomSettings edits kmsfs.toml and its backup at random: a check ends with a
+// sentence, a known status, and no call with a key that is not trusted.
+func TestFsckRandomSettings(t *testing.T) {
+	e := harness.New(t)
+	k := e.KMS()
+	key, strange := k.NewKey(), k.NewKey()
+	v := e.Init("volume", "--key", key, "--names", "plain")
+	v.Mount()
+	require.NoError(t, os.WriteFile(v.Path("file"), harness.Noise(100), 0o600))
+	v.Umount()
+	good := contents(t, filepath.Join(v.Dir, "kmsfs.toml"))
+	k.Quiet()
+	k.Reset()
+	r := rand.New(rand.NewPCG(3, 4))
+	statuses := map[int]int{}
+	for range 40 {
+		for _, name := range []string{"kmsfs.toml", "kmsfs.toml.bak"} {
+			raw := slices.Clone(good)
+			switch r.IntN(4) {
+			case 0:
+				raw = raw[:r.IntN(len(raw))]
+			case 1:
+				raw = []byte(strings.Replace(string(raw), key, strange, 1))
+			default:
+				raw[r.IntN(len(raw))] ^= byte(1 + r.IntN(255))
+			}
+			overwrite(t, filepath.Join(v.Dir, name), raw)
+		}
+		result := e.Kmsfs("fsck", v.Dir, "--data")
+		require.NotContains(t, result.Stderr, "goroutine ", "%v", result)
+		require.LessOrEqual(t, result.Status, statusDamaged, "%v", result)
+		statuses[result.Status]++
+	}
+	require.NotEmpty(t, statuses[statusDamaged])
+	for _, c := range k.Calls() {
+		require.Equal(t, key, c.Key, "%+v", c)
 	}
 }
