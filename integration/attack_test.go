@@ -369,6 +369,11 @@ func TestNotDetected(t *testing.T) {
 			v := attacked(t, harness.New(t))
 			v.Damaged()
 			r.attack(t, v, filepath.Join(v.Dir, "file"), filepath.Join(v.Dir, "other"))
+			if r.name == "file cloned" { // the one thing that a check can tell
+				requireFsckSays(t, v, "file duplicate-file-id", "file2 duplicate-file-id")
+			} else {
+				requireFsckDamage(t, v, "", damage{size: 1})
+			}
 			v.Mount()
 			r.after(t, v)
 		})

@@ -657,15 +657,6 @@ func TestFsckInterrupted(t *testing.T) {
 	require.Equal(t, statusPartial, cmd.ProcessState.ExitCode())
 }
 
-// TestFsckFindsClones: a file that was copied in the backing directory can be read;
-// only a check can tell.
-func TestFsckFindsClones(t *testing.T) {
-	v := attacked(t, harness.New(t))
-	v.Damaged()
-	v.Env.Do("cp", "-a", filepath.Join(v.Dir, "file"), filepath.Join(v.Dir, "file2"))
-	requireFsckSays(t, v, "file duplicate-file-id", "file2 duplicate-file-id")
-}
-
 // TestFsckRandomNamesAndIDs edits directory ids, names and sidecars at random: a check
 // always ends, without a crash, and names something.
 func TestFsckRandomNamesAndIDs(t *testing.T) {
