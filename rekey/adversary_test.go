@@ -494,9 +494,9 @@ func TestManyJobsFewDescriptors(t *testing.T) {
 // outside the inode. Once one file was given one, nothing is tried any more: when
 // the disk is full, each further file's call is paid for and thrown away, in every run.
 func TestFullDiskIsRefusedBeforeTheCall(t *testing.T) {
-	base, err := os.MkdirTemp("", "review")
+	base, err := os.MkdirTemp("", "full")
 	require.NoError(t, err)
-	defer os.RemoveAll(base)
+	t.Cleanup(func() { _ = os.RemoveAll(base) }) // after the unmount
 	img, mnt := filepath.Join(base, "img"), filepath.Join(base, "mnt")
 	require.NoError(t, os.WriteFile(img, make([]byte, 4<<20), 0o600))
 	require.NoError(t, os.Mkdir(mnt, 0o755))
@@ -518,9 +518,13 @@ func TestFullDiskIsRefusedBeforeTheCall(t *testing.T) {
 		_, err = f.Write(make([]byte, 4096))
 	}
 	require.NoError(t, f.Close())
-	unix.Sync()
+	v := s.open()
+	sync, err := v.OpenSync()
+	require.NoError(t, err)
+	defer sync.Close()
+	require.NoError(t, sync.Sync())
 	require.NoError(t, os.Remove(reserve))
-	unix.Sync()
+	require.NoError(t, sync.Sync()) // freed blocks are to be had after a commit
 	r, err := s.run(Options{Action: Add, Jobs: 1})
 	require.NoError(t, err)
 	require.NotZero(t, r.Failed)

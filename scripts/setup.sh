@@ -21,6 +21,7 @@ need setfattr attr
 need rsync rsync
 if [ "$what" = test ]; then
 	need setfacl acl
+	need mkfs.ext4 e2fsprogs
 	need sqlite3 sqlite3
 	need git git
 	need tar tar
