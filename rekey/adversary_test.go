@@ -332,6 +332,29 @@ func TestRelabelDropsTheOnlyGoodCopy(t *testing.T) {
 	require.NoError(t, relabeller{s.vault}.opens(s.read("a"), mrkWest))
 }
 
+// Nor while the key service can't be asked which of the two is good.
+func TestRelabelWaitsForTheService(t *testing.T) {
+	s := newStage(t, mrkEast, mrkWest)
+	s.file("a", mrkEast, mrkWest)
+	before := s.bytes("a")
+	out := outage{relabeller{s.vault}}
+	r, err := run(context.Background(), s.open(), out, Options{Key: mrkWest, Trusted: []string{mrkEast, mrkWest}})
+	require.NoError(t, err)
+	require.False(t, r.Done)
+	require.ErrorIs(t, r.Problems[0].Err, crypt.ErrKeyUnavailable)
+	require.Equal(t, before, s.bytes("a"))
+}
+
+// outage is a service that opens the volume key and then nothing.
+type outage struct{ relabeller }
+
+func (o outage) Prove(ctx context.Context, h *crypt.Header, key string) error {
+	if h.Use == crypt.UseFile {
+		return crypt.ErrKeyUnavailable
+	}
+	return o.relabeller.Prove(ctx, h, key)
+}
+
 // --verify decrypts every copy under the new key but the one on which all
 // depend, the volume key's, before the old one is dropped.
 func TestVerifyCoversTheVolumeKey(t *testing.T) {

@@ -163,8 +163,8 @@ func (j *job) apply(ctx context.Context, h *crypt.Header, e edit) (*crypt.Header
 		}
 		return dropCopies(h, e.drop...), nil
 	}
-	if next := j.shortcut(ctx, h, e); next != nil {
-		return next, nil
+	if next, err := j.shortcut(ctx, h, e); next != nil || err != nil {
+		return next, err
 	}
 	c, _, err := j.rewrapFrom(ctx, h, e.from)
 	if err != nil {
@@ -181,18 +181,22 @@ func (j *job) apply(ctx context.Context, h *crypt.Header, e edit) (*crypt.Header
 
 // shortcut is for a header that has a copy under the new key already: if it is good,
 // the old one only has to go. It must not be replaced unseen, by a relabelled copy say
-// that nobody has opened.
-func (j *job) shortcut(ctx context.Context, h *crypt.Header, e edit) *crypt.Header {
+// that nobody has opened: only one that is bad is made anew.
+func (j *job) shortcut(ctx context.Context, h *crypt.Header, e edit) (*crypt.Header, error) {
 	if j.o.Action != Move || exact(h, j.o.Key) == nil {
-		return nil
+		return nil, nil
 	}
-	if j.prove(ctx, h, []source{{j.o.Key, j.o.Key}}) != nil {
-		return nil
+	err := j.prove(ctx, h, []source{{j.o.Key, j.o.Key}})
+	switch {
+	case errors.Is(err, crypt.ErrDamaged):
+		return nil, nil
+	case err != nil:
+		return nil, err
 	}
 	if j.o.Verify {
 		j.verified.Add(1)
 	}
-	return dropCopies(h, e.from[0].label)
+	return dropCopies(h, e.from[0].label), nil
 }
 
 // relabels reports whether a copy becomes one under Key by its label alone.
