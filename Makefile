@@ -1,6 +1,7 @@
 # Every target is one line; "make help" prints what each is for.
 SHELL := /bin/bash
 export CGO_ENABLED ?= 1
+SIZES ?= 10000,200000
 
 .PHONY: help setup build test whole short fips fuzz race lint demo bench-rekey rekey-kills clean
 
@@ -34,8 +35,8 @@ race: ## the concurrent packages under the race detector
 lint: ## go vet, gofmt, the import table, seeds of fuzz targets
 	go vet ./... && go test ./internal/lint
 
-bench-rekey: setup ## headers a second and peak memory of a rekey, beside a minimal loop and getfattr; FILES=10000,200000
-	go run ./integration/bench rekey -files $(or $(FILES),10000,200000)
+bench-rekey: setup ## headers a second and peak memory of a rekey, beside a minimal loop and getfattr; SIZES=10000,200000
+	go run ./integration/bench rekey -files $(SIZES)
 
 rekey-kills: setup ## kill -9 a rekey KILLS (100) times among FILES (20000) files, on KEYS (local or kmstest) keys
 	KMSFS_TEST_KILLS=$(or $(KILLS),100) KMSFS_TEST_FILES=$(or $(FILES),20000) KMSFS_TEST_KEYS=$(or $(KEYS),local) go test -count=1 -timeout 180m -v -run TestRekeyKilledAnywhere ./integration
