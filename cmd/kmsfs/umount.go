@@ -86,6 +86,11 @@ func findDaemon(ctx context.Context, dir, point string) int {
 // unmountPoint takes the mount away; lazy also if it is in use.
 func unmountPoint(point string, lazy bool) error {
 	err := unmountCall(point, lazy)
+	// What only looks at it, an indexer or df, is gone in a moment.
+	for tries := 0; errors.Is(err, unix.EBUSY) && tries < 10; tries++ {
+		time.Sleep(50 * time.Millisecond)
+		err = unmountCall(point, lazy)
+	}
 	switch {
 	case err == nil:
 		return nil
