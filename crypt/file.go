@@ -44,8 +44,9 @@ type Backing interface {
 // blocks an operation). Nothing waits for KMS under any of them: the key for
 // growing from nothing is given in advance, by Prime.
 type File struct {
-	b Backing
-	l layout
+	b      Backing
+	l      layout
+	keeper SlotKeeper // nil if b has no slots
 
 	shape  sync.RWMutex
 	tailMu sync.Mutex // "tail" in the lock order
@@ -89,6 +90,7 @@ const chunkSize = 1 << 20
 // before it stay readable and truncation repairs it (EndErr).
 func NewFile(b Backing, blockSize int, stored int64, s *Secrets) (*File, error) {
 	f := &File{b: b, l: newLayout(blockSize), ranges: newRangeLock()}
+	f.keeper, _ = b.(SlotKeeper)
 	if stored == 0 {
 		s.Wipe() // a header over no bytes is never used again
 		return f, nil
@@ -267,16 +269,6 @@ func (f *File) Close() {
 	if c := f.cipher.Load(); c != nil {
 		c.wipe()
 	}
-}
-
-// put is the one place where records reach the backing file. It returns how
-// many bytes did.
-func (f *File) put(records []byte, block int64) (int, error) {
-	n, err := f.b.WriteAt(records, f.l.offset(block))
-	if err == nil && n < len(records) {
-		err = io.ErrShortWrite
-	}
-	return n, err
 }
 
 // Scratch buffers hold records and blocks on their way: small ones for a block

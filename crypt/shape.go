@@ -88,7 +88,10 @@ func (f *File) replaceTail(tail []byte, block, stored int64) error {
 	if n < len(before) {
 		return fmt.Errorf("reading the record of the new end (%v): %w", err, ErrDamaged)
 	}
-	_, err = f.put(tail, block)
+	buf := f.copyBuffer(tail)
+	defer buf.free()
+	f.launch(&buf, int64(len(tail)), block, true)
+	_, err = f.write(tail, block)
 	if err == nil {
 		err = f.b.Sync()
 	}
@@ -96,7 +99,8 @@ func (f *File) replaceTail(tail []byte, block, stored int64) error {
 		err = f.b.Truncate(stored)
 	}
 	if err != nil {
-		_, _ = f.put(before, block)
+		buf.land() // else the cut would be finished behind the old record
+		_ = f.mend(before, block, false)
 	}
 	return err
 }
@@ -178,7 +182,7 @@ func (f *File) extendZeros(c *sealer, at, end, size int64) error {
 	if err != nil {
 		return err
 	}
-	defer putScratch(w.buf)
+	defer w.buf.free()
 	return f.extend(w, size)
 }
 
@@ -192,7 +196,7 @@ func (f *File) overwriteZeros(c *sealer, at, end int64) error {
 			return err
 		}
 		err = f.overwrite(w, f.size.Load())
-		putScratch(w.buf)
+		w.buf.free()
 		if err != nil {
 			return err
 		}
@@ -326,7 +330,7 @@ func (f *File) clearStored(lo, hi int64) error {
 		return err
 	}
 	for block := lo; block < hi; block++ {
-		if _, err := f.put(zeros[:f.l.record], block); err != nil {
+		if err := f.putCopy(zeros[:f.l.record], block); err != nil {
 			return err
 		}
 	}

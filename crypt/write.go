@@ -36,8 +36,8 @@ type write struct {
 	first, last int64 // blocks
 	c           *sealer
 	run         run
-	buf         *[]byte // the records of first..last and of an empty end
-	records     []byte
+	buf         buffer // the records of first..last and of an empty end
+	records     []byte // of buf, what is to be written
 }
 
 // sealWhole seals the blocks that p covers whole; assemble adds the rest.
@@ -50,11 +50,11 @@ func (f *File) sealWhole(c *sealer, p []byte, off int64) (*write, error) {
 		return nil, err
 	}
 	w.run = run
-	w.buf = getScratch((w.last-w.first+1)*f.l.record + RecordOverhead)
+	w.buf = f.getBuffer((w.last-w.first+1)*f.l.record + RecordOverhead)
 	for block := w.first; block <= w.last; block++ {
 		if f.covers(w, block) {
 			start, at := block*f.l.block-off, (block-w.first)*f.l.record
-			w.run.seal((*w.buf)[at:at], block, p[start:start+f.l.block])
+			w.run.seal(w.buf.b[at:at], block, p[start:start+f.l.block])
 		}
 	}
 	return w, nil
@@ -81,7 +81,7 @@ func (f *File) writeChunk(p []byte, off int64) error {
 			return err
 		}
 		again, err := f.apply(w)
-		putScratch(w.buf)
+		w.buf.free()
 		if !again {
 			return err
 		}
@@ -120,8 +120,9 @@ func (f *File) overwrite(w *write, size int64) error {
 	if err := f.assemble(w, size, size); err != nil {
 		return err
 	}
-	n, err := f.put(w.records, w.first)
+	n, err := f.put(&w.buf, len(w.records), w.first)
 	if err != nil {
+		defer w.buf.land() // while the range is locked: others may write there then
 		f.pending.remove(w.first, w.first+int64(n)/f.l.record)
 		f.repairTorn(w, int64(n), size)
 		return err
@@ -140,13 +141,13 @@ func (f *File) repairTorn(w *write, n, size int64) {
 		return
 	}
 	if f.isTail(block, size) {
-		_, _ = f.put(f.tail, block)
+		_ = f.mend(f.tail, block, false)
 		return
 	}
 	rest := make([]byte, f.l.record-done)
 	_, err := f.b.ReadAt(rest, f.l.offset(block)+done)
 	if ok, _ := f.marked(w.c); ok && err == nil && isZero(rest) {
-		_, _ = f.put(make([]byte, done), block)
+		_, _ = f.write(make([]byte, done), block)
 	}
 }
 
@@ -160,9 +161,10 @@ func (f *File) extend(w *write, size int64) error {
 		return err
 	}
 	if err := f.padTail(w, size); err != nil {
-		return f.putBack(size, err)
+		return err
 	}
-	if n, err := f.put(w.records, w.first); err != nil {
+	if n, err := f.put(&w.buf, len(w.records), w.first); err != nil {
+		defer w.buf.land() // while the range is locked: others may write there then
 		if w.first+int64(n)/f.l.record < f.l.tail(size) {
 			f.repairTorn(w, int64(n), size)
 		}
@@ -185,9 +187,8 @@ func (f *File) padTail(w *write, size int64) error {
 	if w.first <= tail || size%f.l.block == 0 {
 		return nil
 	}
-	plain, buf := getScratch(f.l.block), getScratch(f.l.record+RecordOverhead)
+	plain := getScratch(f.l.block)
 	defer putScratch(plain)
-	defer putScratch(buf)
 	clear(*plain)
 	if err := f.plainBlock(w.c, *plain, tail, size); err != nil {
 		return err
@@ -196,18 +197,24 @@ func (f *File) padTail(w *write, size int64) error {
 	if err != nil {
 		return err
 	}
-	records := r.seal((*buf)[:0], tail, *plain)
+	buf := f.getBuffer(f.l.record + RecordOverhead)
+	defer buf.free()
+	records := r.seal(buf.b[:0], tail, *plain)
 	records = r.seal(records, tail+1, nil)
-	_, err = f.put(records, tail)
-	return err
+	if _, err = f.put(&buf, len(records), tail); err != nil {
+		return f.putBack(size, err)
+	}
+	return nil
 }
 
 // putBack restores the old end after a failed growth, and returns why it
 // failed. If even that fails, the end is bad.
 func (f *File) putBack(size int64, cause error) error {
-	err := f.b.Truncate(f.l.stored(size))
-	if err == nil && size > 0 {
-		_, err = f.put(f.tail, f.l.tail(size))
+	var err error
+	if size == 0 {
+		err = f.b.Truncate(0)
+	} else {
+		err = f.mend(f.tail, f.l.tail(size), true)
 	}
 	if err != nil {
 		f.setBad(fmt.Errorf("the end could not be put back after a failed write (%v): %w", err, ErrDamaged))
@@ -219,7 +226,7 @@ func (f *File) putBack(size int64, cause error) error {
 // there before, and the empty end if the file will end at a boundary.
 func (f *File) assemble(w *write, size, newSize int64) error {
 	n := (w.last-w.first)*f.l.record + RecordOverhead + f.l.length(w.last, newSize)
-	w.records = (*w.buf)[:n]
+	w.records = w.buf.b[:n]
 	for _, block := range [2]int64{w.first, w.last} {
 		if !f.covers(w, block) {
 			if err := f.edge(w, block, size, newSize); err != nil {
@@ -251,7 +258,7 @@ func (f *File) edge(w *write, block, size, newSize int64) error {
 	}
 	copy(plain[from-start:], w.p[from-w.off:to-w.off])
 	at := (block - w.first) * f.l.record
-	w.run.seal((*w.buf)[at:at], block, plain)
+	w.run.seal(w.buf.b[at:at], block, plain)
 	return nil
 }
 

@@ -1,0 +1,441 @@
+package crypt
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"slices"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// A backing file that records what reaches it, and in which order; crashes are
+// played on the record: kill -9 anywhere, and what a power cut may leave on a
+// journaling file system.
+
+type opKind int
+
+const (
+	opWrite opKind = iota
+	opTruncate
+	opSync
+	opHeader
+	opMark
+	opPunch
+	opBegin // of a flight in a slot
+	opEnd
+)
+
+type op struct {
+	kind   opKind
+	off, n int64
+	data   []byte
+	flight Flight
+	slot   int
+}
+
+// recorder is a memBacking that keeps a record. slots and inner are how many slots
+// there are, for those who don't wait and for those who do.
+type recorder struct {
+	*memBacking
+	ops          []op
+	slots, inner int
+	taken        map[int]bool
+}
+
+func newRecorder(slots, inner int) *recorder {
+	return &recorder{memBacking: newMem(), slots: slots, inner: inner, taken: map[int]bool{}}
+}
+
+func (r *recorder) WriteAt(p []byte, off int64) (int, error) {
+	r.ops = append(r.ops, op{kind: opWrite, off: off, data: bytes.Clone(p)})
+	return r.memBacking.WriteAt(p, off)
+}
+
+func (r *recorder) Truncate(n int64) error {
+	r.ops = append(r.ops, op{kind: opTruncate, n: n})
+	return r.memBacking.Truncate(n)
+}
+
+func (r *recorder) Sync() error {
+	r.ops = append(r.ops, op{kind: opSync})
+	return r.memBacking.Sync()
+}
+
+func (r *recorder) SetHeader(raw []byte) error {
+	r.ops = append(r.ops, op{kind: opHeader, data: raw})
+	return r.memBacking.SetHeader(raw)
+}
+
+func (r *recorder) SetSparseMark(mark []byte) error {
+	r.ops = append(r.ops, op{kind: opMark, data: bytes.Clone(mark)})
+	return r.memBacking.SetSparseMark(mark)
+}
+
+func (r *recorder) PunchHole(off, n int64) error {
+	r.ops = append(r.ops, op{kind: opPunch, off: off, n: n})
+	return r.memBacking.PunchHole(off, n)
+}
+
+func (r *recorder) TakeSlot(n int64, wait bool) Slot {
+	first, last := 0, r.slots
+	if wait {
+		first, last = r.slots, r.slots+r.inner
+	}
+	for i := first; i < last; i++ {
+		if !r.taken[i] {
+			r.taken[i] = true
+			return &recordedSlot{r: r, i: i, mem: make([]byte, n, SlotSize(bs))}
+		}
+	}
+	return nil
+}
+
+type recordedSlot struct {
+	r     *recorder
+	i     int
+	mem   []byte
+	begun bool
+}
+
+func (s *recordedSlot) Bytes() []byte { return s.mem }
+
+func (s *recordedSlot) Begin(fl Flight) {
+	s.begun = true
+	s.r.ops = append(s.r.ops, op{kind: opBegin, slot: s.i, flight: fl, data: bytes.Clone(s.mem[:fl.Len])})
+}
+
+func (s *recordedSlot) End() {
+	if s.begun {
+		s.begun = false
+		s.r.ops = append(s.r.ops, op{kind: opEnd, slot: s.i})
+	}
+}
+
+func (s *recordedSlot) Free() {
+	s.End()
+	delete(s.r.taken, s.i)
+}
+
+// clone copies the stored file.
+func (m *memBacking) clone() *memBacking {
+	return &memBacking{
+		data: bytes.Clone(m.data), hole: slices.Clone(m.hole), header: m.header, mark: m.mark, room: -1, noPunch: m.noPunch,
+	}
+}
+
+// apply does what was recorded.
+func (m *memBacking) apply(o op) {
+	switch o.kind {
+	case opWrite:
+		_, _ = m.WriteAt(o.data, o.off)
+	case opTruncate:
+		_ = m.Truncate(o.n)
+	case opHeader:
+		_ = m.SetHeader(o.data)
+	case opMark:
+		_ = m.SetSparseMark(o.data)
+	case opPunch:
+		_ = m.PunchHole(o.off, o.n)
+	}
+}
+
+// A step is what a user did: the record from start to end, and what he expects to
+// read afterwards.
+type step struct {
+	start, end int
+	contents   []byte
+	lo, hi     int64 // bytes that the step may have changed
+	synced     bool
+	pending    [][2]int64 // blocks that were gaps before or after
+}
+
+// A story is a sequence of steps on one file.
+type story struct {
+	t     *testing.T
+	r     *recorder
+	v     vault
+	f     *File
+	steps []step
+}
+
+func newStory(t *testing.T, r *recorder) *story {
+	s := &story{t: t, r: r, v: vault{}}
+	f, err := NewFile(r, bs, 0, nil)
+	require.NoError(t, err)
+	s.f = f
+	t.Cleanup(f.Close)
+	s.steps = []step{{synced: true}}
+	return s
+}
+
+func (s *story) last() []byte { return s.steps[len(s.steps)-1].contents }
+
+// do records a step that makes of the contents what change makes of them.
+func (s *story) do(lo, hi int64, synced bool, call func() error, change func([]byte) []byte) {
+	s.t.Helper()
+	before, _ := s.f.pending.list()
+	st := step{start: len(s.r.ops), lo: lo, hi: hi, synced: synced}
+	require.NoError(s.t, call())
+	st.end = len(s.r.ops)
+	st.contents = change(bytes.Clone(s.last()))
+	after, _ := s.f.pending.list()
+	st.pending = append(before, after...)
+	s.steps = append(s.steps, st)
+}
+
+func (s *story) write(off int64, n int) {
+	s.t.Helper()
+	if s.f.NeedsKey() {
+		s.v.prime(s.t, s.f, bs)
+	}
+	p := make([]byte, n)
+	for i := range p {
+		p[i] = byte(rand.N(255) + 1) // never 0, so that false zeros show
+	}
+	size := int64(len(s.last()))
+	s.do(min(off, size), max(off+int64(n), off), false, func() error {
+		_, err := s.f.WriteAt(p, off)
+		return err
+	}, func(b []byte) []byte {
+		for int64(len(b)) < off+int64(n) {
+			b = append(b, 0)
+		}
+		copy(b[off:], p)
+		return b
+	})
+}
+
+func (s *story) append(n int) { s.t.Helper(); s.write(int64(len(s.last())), n) }
+
+func (s *story) truncate(size int64) {
+	s.t.Helper()
+	if size > 0 && s.f.NeedsKey() {
+		s.v.prime(s.t, s.f, bs)
+	}
+	old := int64(len(s.last()))
+	s.do(min(size, old), max(size, old), false, func() error { return s.f.Truncate(size) }, func(b []byte) []byte {
+		for int64(len(b)) < size {
+			b = append(b, 0)
+		}
+		return b[:size]
+	})
+}
+
+func (s *story) punch(off, n int64) {
+	s.t.Helper()
+	s.do(off, off+n, false, func() error { return s.f.Punch(off, n) }, func(b []byte) []byte {
+		clear(b[min(off, int64(len(b))):min(off+n, int64(len(b)))])
+		return b
+	})
+}
+
+func (s *story) sync() {
+	s.t.Helper()
+	s.do(0, 0, true, s.f.Sync, func(b []byte) []byte { return b })
+}
+
+// at is the index of the step under way, or just done, when the first k things of
+// the record had happened.
+func (s *story) at(k int) int {
+	for i := len(s.steps) - 1; i > 0; i-- {
+		if s.steps[i].start < k {
+			return i
+		}
+	}
+	return 0
+}
+
+// A crash is what was found after one.
+type crash struct {
+	name     string
+	disk     *memBacking
+	versions [][]byte // what each byte may be
+	// may say whether a block may be unreadable.
+	may func(block int64) bool
+}
+
+// judge opens the file and reads it, and counts the blocks that are torn. Every
+// readable block is one of the versions', as a whole.
+func (s *story) judge(c crash) (torn int) {
+	t := s.t
+	t.Helper()
+	var secrets *Secrets
+	if len(c.disk.data) > 0 {
+		h, err := ParseHeader(c.disk.header)
+		require.NoError(t, err, c.name)
+		secrets, err = s.v[h.File].Clone()
+		require.NoError(t, err)
+	}
+	f, err := NewFile(c.disk, bs, int64(len(c.disk.data)), secrets)
+	require.NoError(t, err, c.name)
+	defer f.Close()
+	lo, hi := int64(len(c.versions[0])), int64(0)
+	for _, v := range c.versions {
+		lo, hi = min(lo, int64(len(v))), max(hi, int64(len(v)))
+	}
+	if f.EndErr() == nil {
+		require.GreaterOrEqual(t, f.Size(), lo, c.name)
+		require.LessOrEqual(t, f.Size(), (hi+bs-1)/bs*bs, c.name)
+	}
+	for block := int64(0); block*bs < max(f.Size(), lo); block++ {
+		p := make([]byte, bs)
+		n, err := f.ReadAt(p, block*bs)
+		if errors.Is(err, io.EOF) && n > 0 {
+			err = nil
+		}
+		if err != nil {
+			require.ErrorIs(t, err, ErrDamaged, "%s: block %d", c.name, block)
+			require.True(t, c.may(block), "%s: block %d of %d bytes is lost: %v", c.name, block, f.Size(), err)
+			torn++
+			continue
+		}
+		require.True(t, isBlockOf(c.versions, p[:n], block), "%s: wrong bytes in block %d", c.name, block)
+	}
+	return torn
+}
+
+// isBlockOf reports whether p, or more, stands at the block in one of the versions.
+func isBlockOf(versions [][]byte, p []byte, block int64) bool {
+	return slices.ContainsFunc(versions, func(v []byte) bool {
+		return block*bs+int64(len(p)) <= int64(len(v)) && bytes.Equal(v[block*bs:][:len(p)], p)
+	})
+}
+
+func inRuns(runs [][2]int64, block int64) bool {
+	return slices.ContainsFunc(runs, func(r [2]int64) bool { return r[0] <= block && block < r[1] })
+}
+
+// kills plays kill -9 after everything that was recorded, and in the middle of every
+// write, at each multiple of 512 bytes. What was written stays: the machine lives on.
+func (s *story) kills() (crashes, torn int) {
+	s.t.Helper()
+	disk := newMem()
+	disk.noPunch = s.r.noPunch
+	inFlight := map[int]op{}
+	var order []int
+	for k := range len(s.r.ops) + 1 {
+		play := func(name string, disk *memBacking) {
+			for _, i := range order {
+				require.NoError(s.t, inFlight[i].flight.Replay(disk, bs, inFlight[i].data), name)
+			}
+			crashes++
+			torn += s.judge(s.killedAt(name, k, disk))
+		}
+		play(fmt.Sprintf("killed after %d", k), disk.clone())
+		if k == len(s.r.ops) {
+			break
+		}
+		o := s.r.ops[k]
+		switch o.kind {
+		case opWrite:
+			for at := (o.off/512 + 1) * 512; at < o.off+int64(len(o.data)); at += 512 {
+				d := disk.clone()
+				d.apply(op{kind: opWrite, off: o.off, data: o.data[:at-o.off]})
+				play(fmt.Sprintf("killed in write %d at byte %d", k, at), d)
+			}
+		case opBegin:
+			inFlight[o.slot], order = o, append(order, o.slot)
+		case opEnd:
+			delete(inFlight, o.slot)
+			order = slices.DeleteFunc(order, func(i int) bool { return i == o.slot })
+		}
+		disk.apply(o)
+	}
+	return crashes, torn
+}
+
+// killedAt: the step under way may have happened or not. Without slots what it
+// touches may be torn.
+func (s *story) killedAt(name string, k int, disk *memBacking) crash {
+	i := s.at(k + 1)
+	st := s.steps[i]
+	versions := [][]byte{st.contents}
+	if i > 0 && (k < st.end || st.end == st.start) {
+		versions = append(versions, s.steps[i-1].contents)
+	}
+	end := int64(0)
+	for _, v := range versions {
+		end = max(end, int64(len(v)))
+	}
+	return crash{name, disk, versions, func(block int64) bool {
+		if inRuns(st.pending, block) {
+			return true
+		}
+		// The last block goes with a bad end.
+		return s.r.slots+s.r.inner == 0 && len(versions) > 1 && (st.lo < (block+1)*bs && block*bs < st.hi || block >= (min(st.lo, end)-1)/bs)
+	}}
+}
+
+// mixed is a story of everything that users do to files.
+func mixed(t *testing.T, r *recorder, seed uint64, steps int) *story {
+	s := newStory(t, r)
+	rnd := rand.New(rand.NewPCG(seed, 1))
+	s.write(0, 3*bs+100)
+	for range steps {
+		size := int64(len(s.last()))
+		switch rnd.IntN(12) {
+		case 0, 1:
+			s.append(1 + rnd.IntN(300))
+		case 2:
+			s.append(1 + rnd.IntN(3*bs))
+		case 3: // to a boundary
+			s.append(int(bs - size%bs))
+		case 4, 5:
+			s.write(rnd.Int64N(size+1), 1+rnd.IntN(2*bs))
+		case 6:
+			s.write(rnd.Int64N(size/bs+1)*bs, bs*(1+rnd.IntN(3)))
+		case 7: // a gap
+			s.write(size+rnd.Int64N(3*bs), 1+rnd.IntN(bs))
+		case 8:
+			s.truncate(rnd.Int64N(size + bs))
+		case 9:
+			if size > 0 {
+				s.punch(rnd.Int64N(size), 1+rnd.Int64N(2*bs))
+			}
+		case 10:
+			s.sync()
+		case 11:
+			if size > 10*bs {
+				s.truncate(rnd.Int64N(2) * 100)
+			}
+		}
+	}
+	s.sync()
+	return s
+}
+
+// TestKilledAnywhere: with slots no block is torn, wherever the process is killed,
+// and each block is what it was before or after the step under way. Without them
+// some are, and none is wrong.
+func TestKilledAnywhere(t *testing.T) {
+	for _, tt := range []struct {
+		name         string
+		slots, inner int
+		noPunch      bool
+	}{
+		{"slots", 4, 1, false},
+		{"no slot is free", 0, 2, false},
+		{"no punching", 4, 1, true},
+		{"none", 0, 0, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			crashes, torn := 0, 0
+			for seed := range uint64(6) {
+				r := newRecorder(tt.slots, tt.inner)
+				r.noPunch = tt.noPunch
+				c, n := mixed(t, r, seed, 40).kills()
+				crashes, torn = crashes+c, torn+n
+				require.Empty(t, r.taken, "a slot was not freed")
+			}
+			t.Logf("%d crashes, %d unreadable blocks", crashes, torn)
+			require.Greater(t, crashes, 500)
+			if tt.slots+tt.inner == 0 {
+				require.NotZero(t, torn, "the crashes that are played tear nothing")
+			}
+		})
+	}
+}
