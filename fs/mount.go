@@ -26,7 +26,8 @@ type Options struct {
 	Volume     *volume.Volume // unlocked; the caller closes it after the mount has ended
 	Keys       Keys
 	Mountpoint string
-	Logger     *slog.Logger // nil: nothing is logged
+	Slots      *volume.Slots // nil: kill -9 may tear a block that is being written
+	Logger     *slog.Logger  // nil: nothing is logged
 
 	AllowOther bool // other users too; the kernel enforces permissions and POSIX ACLs
 	ReadOnly   bool

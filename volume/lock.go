@@ -7,7 +7,6 @@ import (
 	"fmt"
 	mathrand "math/rand/v2"
 	"os"
-	"strings"
 	"sync"
 	"time"
 
@@ -52,6 +51,7 @@ type lockFile struct {
 	mu      sync.Mutex
 	file    *os.File // guarded by mu; nil if not held
 	session string   // guarded by mu
+	before  string   // the session before ours, set once by Lock
 }
 
 // Lock makes this process the only one that has the volume mounted: a flock on
@@ -73,11 +73,12 @@ func (v *Volume) Lock(owner string) error {
 		return err
 	}
 	text := lockText{self(owner), rand.Text()}
-	if err := v.hold(f, &text); err != nil {
+	before, err := v.hold(f, &text)
+	if err != nil {
 		f.Close()
 		return err
 	}
-	v.lock.file, v.lock.session = f, text.Session
+	v.lock.file, v.lock.session, v.lock.before = f, text.Session, before
 	return nil
 }
 
@@ -94,19 +95,21 @@ func (v *Volume) openLock(flags int, mode uint32) (*os.File, error) {
 	return os.NewFile(uintptr(fd), LockFile), nil
 }
 
-func (v *Volume) hold(f *os.File, text *lockText) error {
+// hold takes the lock and says whose session was the last.
+func (v *Volume) hold(f *os.File, text *lockText) (before string, err error) {
 	// A hard link planted as kmsfs.lock would have us empty somebody's file.
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil || st.Nlink != 1 {
-		return fmt.Errorf("%s in %s has %d names, so it is not ours: remove that name of it and try again", LockFile, v.path, st.Nlink)
+		return "", fmt.Errorf("%s in %s has %d names, so it is not ours: remove that name of it and try again", LockFile, v.path, st.Nlink)
 	}
 	if err := v.lockAlone(f); err != nil {
-		return err
+		return "", err
 	}
+	before = readLock(f).sessionIn(f)
 	if err := text.write(f); err != nil {
-		return fmt.Errorf("writing %s in %s: %w", LockFile, v.path, err)
+		return "", fmt.Errorf("writing %s in %s: %w", LockFile, v.path, err)
 	}
-	return nil
+	return before, nil
 }
 
 // Who only looks has the flock shared, for some microseconds, and who has just taken
@@ -233,8 +236,7 @@ func (t *lockText) write(f *os.File) error {
 
 func self(owner string) Holder {
 	host, _ := os.Hostname()
-	boot, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return Holder{PID: os.Getpid(), Host: host, BootID: strings.TrimSpace(string(boot)), Owner: owner}
+	return Holder{PID: os.Getpid(), Host: host, BootID: bootID(), Owner: owner}
 }
 
 // release leaves the session in the file before it lets go; the file stays: removing

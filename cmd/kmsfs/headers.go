@@ -399,7 +399,7 @@ func (p *program) headersImport(ctx context.Context, dir, file string, f importF
 		defer leave()
 	}
 	show := &headersShow{program: p, out: p.out, asJSON: f.asJSON, dir: dir, file: file}
-	o.Confirm = func(plan headers.Report) error { return show.confirm(v, plan, f.answer) }
+	o.Confirm = func(plan headers.Report) error { return show.confirm(ctx, v, plan, f.answer) }
 	o.Event = func(e headers.Event, planned bool) { show.imported(e, planned && !f.dryRun) }
 	report, err := headers.Import(ctx, v, src, o)
 	return show.finishImport(report, f.dryRun, err)
@@ -496,7 +496,7 @@ func (s *headersShow) imported(e headers.Event, again bool) {
 
 // confirm shows the plan, asks, and sees to it that nobody has the files open whose
 // header is replaced: what was then written to them would be lost.
-func (s *headersShow) confirm(v *volume.Volume, plan headers.Report, yes bool) error {
+func (s *headersShow) confirm(ctx context.Context, v *volume.Volume, plan headers.Report, yes bool) error {
 	if !yes && (!s.tty || s.asJSON) {
 		return fail(exitUsage, "look at what would be done with --dry-run, then give --yes", "without a terminal kmsfs headers import can't ask whether to go on")
 	}
@@ -510,7 +510,11 @@ func (s *headersShow) confirm(v *volume.Volume, plan headers.Report, yes bool) e
 		}
 	}
 	if plan.Files[headers.Replaced]+plan.Dirs[headers.Replaced] > 0 {
-		return v.Lock("headers import --force")
+		r, err := lockAndReplay(ctx, v, "headers import --force")
+		for _, e := range r.Errs {
+			s.program.warn("a write that the last mount was killed in is not finished: %v", e)
+		}
+		return err
 	}
 	return nil
 }

@@ -70,10 +70,12 @@ type mounting struct {
 	ring       *keys.Ring
 	log        *slog.Logger
 	server     *fs.Server
-	reloading  sync.Mutex // one reload at a time
-	standing   *standing  // guarded by reloading; nil until the list was read under the lock
-	device     string     // of the mount, as mountinfo names it
-	detached   bool       // of unmountOn: the mount is out of the tree and served to its last users
+	replay     volume.Replay // what was found of a mount that was killed
+	slots      *volume.Slots // nil if there are none
+	reloading  sync.Mutex    // one reload at a time
+	standing   *standing     // guarded by reloading; nil until the list was read under the lock
+	device     string        // of the mount, as mountinfo names it
+	detached   bool          // of unmountOn: the mount is out of the tree and served to its last users
 }
 
 // serve returns when the file system was unmounted.
@@ -108,6 +110,9 @@ func (m *mounting) serve(ctx context.Context, dir, point string) (err error) {
 	for _, w := range warnings {
 		m.log.Warn(w)
 	}
+	m.logReplay()
+	m.openSlots()
+	defer m.slots.Close()
 	return m.mounted()
 }
 
@@ -135,7 +140,7 @@ func (m *mounting) unlock(ctx context.Context) (err error) {
 	if m.ring, err = m.openTrusted(ctx, m.v, m.provider, ask); err != nil {
 		return err
 	}
-	if err = m.v.Lock("mount on " + m.point); err == nil {
+	if m.replay, err = lockAndReplay(ctx, m.v, "mount on "+m.point); err == nil {
 		// A rekey between reading kmsfs.toml and taking the lock found no mount to
 		// tell: read it again, and judge as before.
 		_, err = m.reload(ctx)
@@ -219,7 +224,7 @@ func (m *mounting) mounted() (err error) {
 func (m *mounting) options() fs.Options {
 	c := m.cfg
 	return fs.Options{
-		Volume: m.v, Keys: m.ring, Mountpoint: m.point, FsName: m.dir,
+		Volume: m.v, Keys: m.ring, Slots: m.slots, Mountpoint: m.point, FsName: m.dir,
 		AllowOther: c.Mount.AllowOther, ReadOnly: c.Mount.ReadOnly, Suid: c.Mount.Suid, Dev: c.Mount.Dev,
 		Writeback: c.Mount.Writeback, AttrTimeout: time.Duration(c.Mount.AttrTimeout), EntryTimeout: time.Duration(c.Mount.EntryTimeout), Extra: c.Mount.Options,
 		Logger: m.log, Deadline: time.Duration(c.KMS.Deadline), CreateWait: time.Duration(c.KMS.CreateWait), Debug: c.Mount.Debug,

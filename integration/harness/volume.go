@@ -36,6 +36,14 @@ func (e *Env) Init(name string, args ...string) *Volume {
 	e.Mkdir(filepath.Join(name, "mnt"))
 	e.T.Cleanup(v.end)
 	e.Must(append([]string{"init", v.Dir}, args...)...)
+	var st unix.Stat_t
+	require.NoError(e.T, unix.Stat(v.Dir, &st))
+	e.T.Cleanup(func() { // what a daemon that was killed left in memory
+		left, _ := filepath.Glob(fmt.Sprintf("/dev/shm/kmsfs-*-%x-%x", st.Dev, st.Ino))
+		for _, path := range left {
+			_ = os.Remove(path)
+		}
+	})
 	return v
 }
 

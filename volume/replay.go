@@ -1,0 +1,195 @@
+package volume
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/crypt"
+)
+
+// A Replay says what became of the writes that a daemon had under way when it was
+// killed.
+type Replay struct {
+	Found    int     // writes that were under way
+	Finished int     // of them, those that are finished now
+	Gone     int     // of them, those whose file is no longer there, or is empty now
+	Errs     []error // what went wrong with the others, and with the file of slots
+}
+
+// errAllFound ends a walk.
+var errAllFound = errors.New("every file was found")
+
+// ReplaySlots finishes the writes that a daemon of this boot was killed in, and
+// removes its slots in the directory dir. The volume must be locked, and nothing
+// served yet. Only regular files below the root are written to, those that the slots
+// were made for: the same inode, born at the same time, under the same data key.
+// Nothing that is found there keeps a volume from being mounted.
+func (v *Volume) ReplaySlots(ctx context.Context, dir string) (r Replay) {
+	path := v.slotPath(dir)
+	f, p, err := v.openLeft(path)
+	if err != nil {
+		r.Errs = append(r.Errs, fmt.Errorf("the slots of the last mount, %s, are passed over: %w", path, err))
+	}
+	if f == nil {
+		return r
+	}
+	defer f.Close()
+	// They are this session's now: should it be killed meanwhile, the next goes on.
+	if _, err := f.WriteAt([]byte(v.lock.session), slotSession); err != nil {
+		r.Errs = append(r.Errs, fmt.Errorf("taking over %s: %w", path, err))
+	}
+	byIno := v.flights(f, &p, &r)
+	if err := v.replay(ctx, f, &p, byIno, &r); err != nil {
+		r.Errs = append(r.Errs, err)
+	}
+	if err := unix.Unlink(path); err != nil {
+		r.Errs = append(r.Errs, fmt.Errorf("removing %s: %w", path, err))
+	}
+	return r
+}
+
+// slotFlight is a flight and the slot that it is in.
+type slotFlight struct {
+	flight
+	slot int
+}
+
+// flights reads the table.
+func (v *Volume) flights(f *os.File, p *slotPlan, r *Replay) map[uint64][]slotFlight {
+	byIno := make(map[uint64][]slotFlight)
+	table := make([]byte, p.count()*slotEntry)
+	if _, err := f.ReadAt(table, slotHead); err != nil {
+		r.Errs = append(r.Errs, fmt.Errorf("reading the table of slots: %w", err))
+		return nil
+	}
+	for i := range p.count() {
+		fl, ok, err := parseFlight(table[i*slotEntry:][:slotEntry])
+		if err != nil {
+			r.Errs = append(r.Errs, fmt.Errorf("slot %d: %w", i, err))
+		}
+		if ok {
+			r.Found++
+			byIno[fl.inode.Ino] = append(byIno[fl.inode.Ino], slotFlight{fl, i})
+		}
+	}
+	return byIno
+}
+
+// replay looks for the files: an inode number leads to none without a capability.
+func (v *Volume) replay(ctx context.Context, f *os.File, p *slotPlan, byIno map[uint64][]slotFlight, r *Replay) error {
+	if len(byIno) == 0 {
+		return nil
+	}
+	err := v.Walk(ctx, func(it *Item) error {
+		list := byIno[it.Ino]
+		if it.Err != nil || list == nil {
+			return nil // a place that can't be walked is told by what is missing
+		}
+		if err := v.replayFile(it, f, p, list, r); err != nil {
+			r.Errs = append(r.Errs, fmt.Errorf("finishing a write to inode %d: %w", it.Ino, err))
+		}
+		if delete(byIno, it.Ino); len(byIno) == 0 {
+			return errAllFound
+		}
+		return nil
+	})
+	for _, list := range byIno {
+		r.Gone += len(list)
+	}
+	if errors.Is(err, errAllFound) {
+		return nil
+	}
+	return err
+}
+
+func (v *Volume) replayFile(it *Item, f *os.File, p *slotPlan, list []slotFlight, r *Replay) error {
+	fd, err := it.openToMend()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	slices.SortFunc(list, func(a, b slotFlight) int { return cmp.Compare(a.seq, b.seq) })
+	var errs []error
+	for _, fl := range list {
+		ours, err := v.isFor(fd, &fl.flight)
+		if err == nil && !ours {
+			r.Gone++
+			continue
+		}
+		if err == nil {
+			err = v.replayFlight(fd, f, p, fl)
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		r.Finished++
+	}
+	return errors.Join(errs...)
+}
+
+// openToMend opens the file for writing. It may forbid that by now: it was open.
+func (it *Item) openToMend() (fd int, err error) {
+	if fd, err = it.Open(unix.O_RDWR); !errors.Is(err, unix.EACCES) {
+		return fd, err
+	}
+	at, err := it.Open(unix.O_PATH)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(at)
+	err = withAccess(at, accessFile, func() error {
+		fd, err = unix.Open(procPath(at), unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+		return err
+	})
+	return fd, err
+}
+
+// isFor reports whether the file is still the one that the flight was meant for.
+func (v *Volume) isFor(fd int, fl *flight) (bool, error) {
+	var st unix.Statx_t
+	err := unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_STATX_SYNC_AS_STAT, unix.STATX_BASIC_STATS|unix.STATX_BTIME, &st)
+	if err != nil {
+		return false, err
+	}
+	if InodeOf(&st) != fl.inode {
+		return false, nil
+	}
+	raw, err := ReadHeader(fd)
+	if err != nil || raw == nil {
+		return false, err
+	}
+	h, err := v.ParseHeader(raw)
+	if err != nil {
+		return false, err
+	}
+	return h.File == fl.File, nil
+}
+
+// InodeOf is the identity in attributes that were asked for with the birth time.
+func InodeOf(st *unix.Statx_t) Inode {
+	id := Inode{Dev: unix.Mkdev(st.Dev_major, st.Dev_minor), Ino: st.Ino}
+	if st.Mask&unix.STATX_BTIME != 0 {
+		id.Born = st.Btime.Sec*int64(time.Second) + int64(st.Btime.Nsec)
+	}
+	return id
+}
+
+func (v *Volume) replayFlight(fd int, f *os.File, p *slotPlan, fl slotFlight) error {
+	off, size := p.data(fl.slot)
+	if fl.Len < 0 || fl.Len > size {
+		return fmt.Errorf("the write makes no sense: %w", crypt.ErrDamaged)
+	}
+	records := make([]byte, fl.Len)
+	if _, err := f.ReadAt(records, off); err != nil {
+		return err
+	}
+	return fl.Replay(NewBacking(fd), v.BlockSize(), records)
+}
