@@ -369,6 +369,9 @@ func TestSharedMmap(t *testing.T) {
 	require.Equal(t, "through a mapping", string(w.read("m")[5000:5017]))
 }
 
+// someCaps is cap_net_bind_service+e, in revision 2 of vfs_cap_data.
+var someCaps = []byte{1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+
 func TestXattrs(t *testing.T) {
 	w := newWorld(t)
 	w.write("f", []byte("x"))
@@ -390,8 +393,7 @@ func TestXattrs(t *testing.T) {
 	require.Equal(t, unix.EOPNOTSUPP, err)
 	_, err = unixGetxattr(p, "security.capability")
 	require.Equal(t, unix.ENODATA, err)
-	caps := []byte{1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0} // cap_net_bind_service+e, revision 2
-	require.NoError(t, unix.Setxattr(p, "security.capability", caps, 0))
+	require.NoError(t, unix.Setxattr(p, "security.capability", someCaps, 0))
 	_, err = unixGetxattr(p, "security.capability")
 	require.NoError(t, err)
 	require.NoError(t, unix.Removexattr(p, "user.colour"))

@@ -33,6 +33,18 @@ func (r *rawFS) kill(cancel <-chan struct{}, header *fuse.InHeader, fh uint64) f
 	return r.RawFileSystem.SetAttr(cancel, &in, &out)
 }
 
+// SetAttr clears the bits on a request that changes nothing but ctime. The kernel sends it
+// where it would have cleared them itself, before a write and fallocate, and takes
+// the mode from the answer: it looks at no later one for as long as it may keep
+// attributes, and would execute by the old mode what somebody else has just written.
+// Before root's writes it means that only security.capability goes.
+func (r *rawFS) SetAttr(cancel <-chan struct{}, in *fuse.SetAttrIn, out *fuse.AttrOut) fuse.Status {
+	if in.Valid&^(fuse.FATTR_FH|fuse.FATTR_LOCKOWNER|fuse.FATTR_CTIME) == 0 && in.Caller.Uid != 0 {
+		in.Valid |= fuse.FATTR_KILL_SUIDGID
+	}
+	return r.RawFileSystem.SetAttr(cancel, in, out)
+}
+
 // Write clears the bits before the bytes change, as the kernel would.
 func (r *rawFS) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {
 	if in.WriteFlags&fuse.WRITE_KILL_SUIDGID != 0 {

@@ -8,6 +8,7 @@ import (
 	"syscall"
 
 	fusefs "github.com/hanwen/go-fuse/v2/fs"
+	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 )
 
@@ -15,6 +16,8 @@ const (
 	capsXattr    = "security.capability"
 	selinuxXattr = "security.selinux"
 	aclPrefix    = "system.posix_acl_"
+
+	trustedPrefix = "trusted."
 )
 
 // absent reports whether attributes of this name don't exist on this mount at
@@ -83,27 +86,31 @@ func (n *node) Removexattr(_ context.Context, attr string) syscall.Errno {
 var _ = (fusefs.NodeListxattrer)((*node)(nil))
 
 // Listxattr lists the attributes that a user may see: not those that Getxattr
-// says don't exist, or cp -a and rsync -X would complain.
-func (n *node) Listxattr(_ context.Context, dest []byte) (uint32, syscall.Errno) {
+// says don't exist, or cp -a and rsync -X would complain. trusted.* are root's: the
+// kernel keeps others from reading them, but leaves the list to us.
+func (n *node) Listxattr(ctx context.Context, dest []byte) (uint32, syscall.Errno) {
+	caller, is := ctx.(*fuse.Context)
+	hideTrusted := is && caller.Uid != 0
 	var size int
 	err := n.with(func(fd int) (err error) {
 		if size, err = n.fs.vol.Listxattr(fd, dest); err == nil && len(dest) >= size {
-			size = n.fs.dropAbsent(dest[:size])
+			size = n.fs.dropHidden(dest[:size], hideTrusted)
 		}
 		return err
 	})
 	return uint32(size), n.errno("listxattr", err)
 }
 
-// dropAbsent takes names out of a list of NUL-terminated ones, in place.
-func (fs *fileSystem) dropAbsent(list []byte) int {
+// dropHidden takes names out of a list of NUL-terminated ones, in place.
+func (fs *fileSystem) dropHidden(list []byte, trustedToo bool) int {
 	kept := 0
 	for len(list[kept:]) > 0 {
 		end := bytes.IndexByte(list[kept:], 0) + 1
 		if end == 0 {
 			break
 		}
-		if !fs.absent(string(list[kept : kept+end-1])) {
+		name := string(list[kept : kept+end-1])
+		if !fs.absent(name) && !(trustedToo && strings.HasPrefix(name, trustedPrefix)) {
 			kept += end
 			continue
 		}

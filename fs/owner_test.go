@@ -98,6 +98,35 @@ func TestSetuidBits(t *testing.T) {
 	require.Equal(t, os.ModeSetuid|os.ModeSetgid|0o777, mode("f"), "root may")
 }
 
+// The kernel must not go on with the old mode: it executes by it, and tells it to
+// whoever asks for nothing else.
+func TestSetuidIsForgottenAtOnce(t *testing.T) {
+	w := manyUsers(t)
+	for _, change := range []string{"printf x >> f", "printf x | dd of=f conv=notrunc status=none", "fallocate -l 100000 f", "fallocate -p -o 0 -l 4 f"} {
+		w.mustAs(1001, 1002, "rm -f f; printf contents: > f; chmod 6777 f")
+		w.mustAs(1003, 1003, change)
+		var st unix.Statx_t
+		require.NoError(t, unix.Statx(unix.AT_FDCWD, w.path("f"), 0, unix.STATX_MODE, &st))
+		require.EqualValues(t, 0o777, st.Mode&0o7777, change)
+	}
+	// What root writes keeps the bits, and loses the capabilities.
+	w.mustAs(1001, 1002, "rm -f f; printf contents: > f; chmod 6777 f")
+	require.NoError(t, unix.Setxattr(w.path("f"), capsXattr, someCaps, 0))
+	w.mustAs(0, 0, "printf x >> f")
+	require.Equal(t, "6777", w.mustAs(0, 0, "stat -c %a f"))
+	_, err := unixGetxattr(w.path("f"), capsXattr)
+	require.Equal(t, unix.ENODATA, err)
+}
+
+// Attributes of root's own are listed for root only.
+func TestTrustedXattrsAreHidden(t *testing.T) {
+	w := manyUsers(t)
+	w.mustAs(1001, 1002, "echo > f; setfattr -n user.theirs -v x f")
+	require.NoError(t, unix.Setxattr(w.path("f"), "trusted.ours", []byte("x"), 0))
+	require.Equal(t, "# file: f\nuser.theirs", w.mustAs(1001, 1002, "getfattr -m - f"))
+	require.Equal(t, "# file: f\ntrusted.ours\nuser.theirs", w.mustAs(0, 0, "getfattr -m - f"))
+}
+
 func TestACLs(t *testing.T) {
 	if _, err := exec.LookPath("setfacl"); err != nil {
 		t.Log("setfacl is not installed: ACLs are set by hand")
