@@ -2,6 +2,7 @@ package fs
 
 import (
 	"container/list"
+	"math"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -28,18 +29,29 @@ type cachedDir struct {
 	refs int           // guarded by dirCache.mu
 }
 
-// Bounds on directory descriptors; a quarter of RLIMIT_NOFILE lies between.
+// Bounds on directory descriptors; a quarter of RLIMIT_NOFILE lies between. Some of
+// the rest are for what has no bound of its own: connections to KMS, key files,
+// listings, names being looked at. Without them no file could be opened nor closed
+// for good.
 const (
 	minDirs = 32
 	maxDirs = 4096
+	spare   = 64
 )
 
-func (c *dirCache) init(root *volume.Dir) {
-	c.max = maxDirs
+// share divides RLIMIT_NOFILE among directories and files.
+func share() (dirs, files int) {
 	var lim unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err == nil {
-		c.max = int(min(uint64(maxDirs), max(minDirs, lim.Cur/4)))
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
+		return maxDirs, math.MaxInt
 	}
+	limit := int(min(lim.Cur, math.MaxInt32))
+	dirs = min(maxDirs, max(minDirs, limit/4))
+	return dirs, max(1, limit-dirs-spare)
+}
+
+func (c *dirCache) init(root *volume.Dir, most int) {
+	c.max = most
 	c.byNode = make(map[*node]*cachedDir)
 	c.lru.Init()
 	c.root = &cachedDir{Dir: root, refs: 1}

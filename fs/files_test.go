@@ -656,3 +656,28 @@ func TestWritersLeaveTogether(t *testing.T) {
 		require.Equal(t, append(make([]byte, 40_000), "end"...), w.read(fmt.Sprint(i)))
 	}
 }
+
+// Files stop being opened before descriptors run out: those that are left are for
+// getting keys and for letting go. Who has a file open already may open it again.
+func TestTooManyOpenFiles(t *testing.T) {
+	w := newWorld(t)
+	w.srv.fs.files.max = 5
+	w.write("open", []byte("x"))
+	var files []*os.File
+	for i := range 5 {
+		f, err := os.Create(w.path(fmt.Sprint(i)))
+		require.NoError(t, err)
+		files = append(files, f)
+	}
+	_, err := os.Create(w.path("more"))
+	require.ErrorIs(t, err, unix.ENFILE)
+	_, err = os.Open(w.path("open"))
+	require.ErrorIs(t, err, unix.ENFILE)
+	again, err := os.Open(w.path("0"))
+	require.NoError(t, err)
+	for _, f := range append(files, again) {
+		require.NoError(t, f.Close())
+	}
+	require.Eventually(t, func() bool { return w.srv.fs.files.len() == 0 }, 5*time.Second, time.Millisecond)
+	require.Equal(t, "x", string(w.read("open")))
+}

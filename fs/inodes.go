@@ -1,12 +1,27 @@
 package fs
 
-import "sync"
+import (
+	"sync"
+	"syscall"
+)
 
 // fileTable finds the open files by backing inode, so that hard links, renames
 // and handles share one.
 type fileTable struct {
 	mu   sync.Mutex
 	byID map[fileID]*file // guarded by mu
+	max  int              // files with descriptors; set before the first request
+}
+
+// room refuses another file when there are too many: the descriptors that are left
+// are needed to get keys for those that are open, and to let go of them.
+func (t *fileTable) room(id fileID) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.byID[id] == nil && len(t.byID) >= t.max {
+		return syscall.ENFILE
+	}
+	return nil
 }
 
 // acquire finds the file of a backing inode, or makes one that nobody has opened

@@ -1,7 +1,11 @@
 package fs
 
 import (
+	"fmt"
 	"math"
+	"os"
+	"slices"
+	"strings"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
@@ -22,9 +26,9 @@ type rawFS struct {
 	umask bool // the kernel leaves umasks to us (FUSE_DONT_MASK)
 }
 
-// kill clears the bits, as a SETATTR of the same request.
-func (r *rawFS) kill(cancel <-chan struct{}, header *fuse.InHeader, fh uint64) fuse.Status {
-	in := fuse.SetAttrIn{SetAttrInCommon: fuse.SetAttrInCommon{InHeader: *header, Valid: fuse.FATTR_KILL_SUIDGID}}
+// kill clears bits, as a SETATTR of the same request.
+func (r *rawFS) kill(cancel <-chan struct{}, header *fuse.InHeader, what uint32, fh uint64) fuse.Status {
+	in := fuse.SetAttrIn{SetAttrInCommon: fuse.SetAttrInCommon{InHeader: *header, Valid: what}}
 	if fh != 0 {
 		in.Valid |= fuse.FATTR_FH
 		in.Fh = fh
@@ -48,7 +52,7 @@ func (r *rawFS) SetAttr(cancel <-chan struct{}, in *fuse.SetAttrIn, out *fuse.At
 // Write clears the bits before the bytes change, as the kernel would.
 func (r *rawFS) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {
 	if in.WriteFlags&fuse.WRITE_KILL_SUIDGID != 0 {
-		if code := r.kill(cancel, &in.InHeader, in.Fh); !code.Ok() {
+		if code := r.kill(cancel, &in.InHeader, fuse.FATTR_KILL_SUIDGID, in.Fh); !code.Ok() {
 			return 0, code
 		}
 	}
@@ -74,16 +78,21 @@ func (r *rawFS) Writev(cancel <-chan struct{}, in *fuse.WriteIn, data [][]byte) 
 func (r *rawFS) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
 	code := r.RawFileSystem.Open(cancel, in, out)
 	if code.Ok() && in.Mode&fuse.OPEN_KILL_SUIDGID != 0 {
-		r.kill(cancel, &in.InHeader, out.Fh)
+		r.kill(cancel, &in.InHeader, fuse.FATTR_KILL_SUIDGID, out.Fh)
 	}
 	return code
 }
 
-// SetXAttr clears setgid when an ACL is set by somebody outside the file's group.
+// killSetgid asks in a SETATTR for what the kernel asks for in a SETXATTR: setgid
+// goes, setuid stays.
+const killSetgid = 1 << 31
+
+// SetXAttr clears setgid when an access ACL is set by somebody outside the file's
+// group. The kernel asks for it with default ACLs too, which clear nothing.
 func (r *rawFS) SetXAttr(cancel <-chan struct{}, in *fuse.SetXAttrIn, attr string, data []byte) fuse.Status {
 	code := r.RawFileSystem.SetXAttr(cancel, in, attr, data)
-	if code.Ok() && in.SetXAttrFlags&fuse.SETXATTR_ACL_KILL_SGID != 0 {
-		r.kill(cancel, &in.InHeader, 0)
+	if code.Ok() && attr == accessACL && in.SetXAttrFlags&fuse.SETXATTR_ACL_KILL_SGID != 0 {
+		r.kill(cancel, &in.InHeader, killSetgid, 0)
 	}
 	return code
 }
@@ -120,19 +129,45 @@ func (r *rawFS) shifted(umask uint32) uint32 {
 }
 
 // killPriv clears setuid, and setgid of what a group may execute, as write(2) by
-// an unprivileged process does. security.capability goes by itself: the backing
-// kernel removes it when we write.
-func killPriv(fd int) error {
+// an unprivileged process does; the rest of setgid only if the caller is not in the
+// group. security.capability goes by itself: the backing kernel removes it when we
+// write.
+func killPriv(fd int, caller *fuse.Caller) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return err
 	}
 	mode := st.Mode & 0o7777 &^ unix.S_ISUID
-	if mode&unix.S_IXGRP != 0 {
+	if mode&unix.S_ISGID != 0 && (mode&unix.S_IXGRP != 0 || !inGroup(caller, st.Gid)) {
 		mode &^= unix.S_ISGID
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG || mode == st.Mode&0o7777 {
 		return nil
 	}
 	return volume.Chmod(fd, mode)
+}
+
+// inGroup reports whether the process that waits for its request is in a group, or
+// root, who needn't be. Requests name one group of its; what it can't be asked for, because it is in
+// another pid namespace, it is not in.
+func inGroup(caller *fuse.Caller, gid uint32) bool {
+	if caller.Uid == 0 || caller.Gid == gid {
+		return true
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", caller.Pid))
+	if err != nil {
+		return false
+	}
+	_, rest, _ := strings.Cut(string(status), "\nGroups:")
+	line, _, _ := strings.Cut(rest, "\n")
+	return slices.Contains(strings.Fields(line), fmt.Sprint(gid))
+}
+
+// clearSetgid clears setgid and nothing else.
+func clearSetgid(fd int) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_ISGID == 0 {
+		return err
+	}
+	return volume.Chmod(fd, st.Mode&0o7777&^unix.S_ISGID)
 }

@@ -130,7 +130,9 @@ func newFileSystem(o Options) (*fileSystem, error) {
 		vol: o.Volume, keys: o.Keys, opts: o, dev: dir.Dev(), priv: unix.Geteuid() == 0, acl: o.AllowOther,
 		log: newLimiter(o.Logger), files: fileTable{byID: make(map[fileID]*file)},
 	}
-	fs.dirs.init(dir)
+	dirs, files := share()
+	fs.dirs.init(dir, dirs)
+	fs.files.max = files
 	fs.tend.fs = fs
 	var st unix.Statx_t
 	if err := fs.statFd(dir.Fd(), &st); err != nil {

@@ -182,8 +182,11 @@ func setMode(fd int, in *fuse.SetAttrIn) error {
 			return err
 		}
 	}
+	if in.Valid&killSetgid != 0 {
+		return clearSetgid(fd)
+	}
 	if in.Valid&fuse.FATTR_KILL_SUIDGID != 0 {
-		return killPriv(fd)
+		return killPriv(fd, &in.Caller)
 	}
 	return nil
 }

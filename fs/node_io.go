@@ -103,7 +103,7 @@ func (h *handle) killFor(ctx context.Context) error {
 	}
 	h.f.modeMu.Lock()
 	defer h.f.modeMu.Unlock()
-	return killPriv(h.f.descriptor())
+	return killPriv(h.f.descriptor(), &caller.Caller)
 }
 
 var _ = (fusefs.NodeCopyFileRanger)((*node)(nil))

@@ -28,6 +28,9 @@ var _ = (fusefs.NodeOpener)((*node)(nil))
 func (n *node) Open(ctx context.Context, flags uint32) (fusefs.FileHandle, uint32, syscall.Errno) {
 	ctx, cancel := within(ctx, n.fs.opts.Deadline)
 	defer cancel()
+	if err := n.fs.files.room(n.id); err != nil {
+		return nil, 0, n.errno("open", err)
+	}
 	f := n.fs.files.acquire(n.fs, n.id)
 	if err := f.open(ctx, n, writes(flags), flags&syscall.O_TRUNC != 0); err != nil {
 		n.fs.files.release(f)
@@ -66,6 +69,9 @@ func (n *node) Tmpfile(ctx context.Context, flags, mode uint32, out *fuse.EntryO
 // again.
 func (n *node) create(ctx context.Context, op string, flags uint32, out *fuse.EntryOut,
 	mk func(*volume.Dir) (int, error), undo func(*volume.Dir) error) (*fusefs.Inode, fusefs.FileHandle, uint32, syscall.Errno) {
+	if err := n.fs.files.room(fileID{}); err != nil {
+		return nil, nil, 0, n.errno(op, err)
+	}
 	wait, cancel := within(ctx, n.fs.opts.CreateWait)
 	defer cancel()
 	for {

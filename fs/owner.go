@@ -10,7 +10,10 @@ import (
 	"kmsfs/volume"
 )
 
-const defaultACL = "system.posix_acl_default"
+const (
+	accessACL  = "system.posix_acl_access"
+	defaultACL = "system.posix_acl_default"
+)
 
 // umaskShift is where the raw wrapper puts the caller's umask into a mode: with
 // POSIX ACLs the kernel leaves masking to us (FUSE_DONT_MASK).

@@ -118,6 +118,25 @@ func TestSetuidIsForgottenAtOnce(t *testing.T) {
 	require.Equal(t, unix.ENODATA, err)
 }
 
+// Setgid on what its group may not execute goes with a write from outside the group;
+// with an access ACL from outside it goes from everything, and setuid stays.
+func TestSetgidIsTheGroups(t *testing.T) {
+	w := manyUsers(t)
+	w.mustAs(1001, 1002, "printf x > f; chmod 2767 f")
+	w.mustAs(1003, 1002, "printf x >> f")
+	require.Equal(t, "2767", w.mustAs(0, 0, "stat -c %a f"))
+	w.mustAs(0, 0, "setpriv --reuid=1003 --regid=1003 --groups=1002 sh -c 'printf x >> f'")
+	require.Equal(t, "2767", w.mustAs(0, 0, "stat -c %a f"))
+	w.mustAs(1003, 1003, "printf x >> f")
+	require.Equal(t, "767", w.mustAs(0, 0, "stat -c %a f"))
+
+	w.mustAs(0, 0, "mkdir d; echo x > g; chown 1001:1002 d g; chmod 6777 d g")
+	w.mustAs(1001, 1003, "setfacl -d -m u:1004:r d")
+	require.Equal(t, "6777", w.mustAs(0, 0, "stat -c %a d"))
+	w.mustAs(1001, 1003, "setfacl -m u:1004:rx d; setfacl -m u:1004:rx g")
+	require.Equal(t, "4777\n4777", w.mustAs(0, 0, "stat -c %a d g"))
+}
+
 // Attributes of root's own are listed for root only.
 func TestTrustedXattrsAreHidden(t *testing.T) {
 	w := manyUsers(t)
