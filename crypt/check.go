@@ -54,7 +54,7 @@ func (f *File) CutEnd() (int64, error) {
 	}
 	block := good + 1
 	tail := r.seal(nil, block, nil)
-	if _, err := f.put(tail, block); err != nil {
+	if err := f.putCopy(tail, block); err != nil {
 		return size, err
 	}
 	if err := f.b.Sync(); err != nil {
