@@ -11,6 +11,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"sync/atomic"
 )
 
 // One key, one purpose: the labels of HKDF-Expand (RFC 5869). A label names the
@@ -35,6 +36,8 @@ type Secrets struct {
 	id  Identity
 	key *Key
 	prk *Key // HKDF-Extract(SHA-256, data key, salt = file id)
+
+	under atomic.Pointer[string] // see Under
 }
 
 // A Fresh is a data key that no file uses yet, with the header it goes under.
@@ -123,8 +126,26 @@ func (s *Secrets) Clone() (*Secrets, error) {
 		key.Wipe()
 		return nil, err
 	}
-	return &Secrets{id: s.id, key: key, prk: prk}, nil
+	c := &Secrets{id: s.id, key: key, prk: prk}
+	c.under.Store(s.under.Load())
+	return c, nil
 }
+
+// Under names the key of a key service on whose lease the use of these secrets
+// depends, or is "". Whoever opened them says so with SetUnder; it goes along when
+// they are cloned.
+func (s *Secrets) Under() string {
+	if s == nil {
+		return ""
+	}
+	if p := s.under.Load(); p != nil {
+		return *p
+	}
+	return ""
+}
+
+// SetUnder changes what Under says.
+func (s *Secrets) SetUnder(key string) { s.under.Store(&key) }
 
 // DataKey is the data key itself, for wrapping it again. The Secrets own it.
 func (s *Secrets) DataKey() *Key { return s.key }
@@ -177,10 +198,11 @@ func (s *Secrets) SparseMark() ([]byte, error) {
 	return s.mac(labelSparse, s.id.Bytes())
 }
 
-// IsSparseMark compares a stored mark in constant time.
-func (s *Secrets) IsSparseMark(stored []byte) bool {
+// IsSparseMark compares a stored mark in constant time. ErrWiped says nothing about
+// the mark.
+func (s *Secrets) IsSparseMark(stored []byte) (bool, error) {
 	want, err := s.SparseMark()
-	return err == nil && hmac.Equal(want, stored)
+	return err == nil && hmac.Equal(want, stored), err
 }
 
 // SettingsMAC authenticates the settings of the volume these secrets belong to.

@@ -55,6 +55,8 @@ type File struct {
 	size   atomic.Int64           // plaintext; changed with shape held, or with tailMu and the range of both ends
 	cipher atomic.Pointer[sealer] // nil while nothing was stored; changed with shape held
 	fresh  *Fresh                 // guarded by shape; for the growth from 0
+	// suspended: cipher is there and wiped, until Resume. Guarded by shape.
+	suspended bool
 	// bad is why the end can't be trusted: changed with shape held exclusively,
 	// or with tailMu.
 	bad atomic.Pointer[error]

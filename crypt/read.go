@@ -160,12 +160,16 @@ func (f *File) marked(c *sealer) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if c.secrets.IsSparseMark(stored) {
-		f.mark.CompareAndSwap(markUnknown, markValid)
-		return true, nil
+	valid, err := c.secrets.IsSparseMark(stored)
+	if err != nil {
+		return false, err // without the keys nothing is learned, and nothing remembered
 	}
-	f.mark.CompareAndSwap(markUnknown, markAbsent)
-	return false, nil
+	known := int32(markAbsent)
+	if valid {
+		known = markValid
+	}
+	f.mark.CompareAndSwap(markUnknown, known)
+	return valid, nil
 }
 
 // plainBlock decrypts one whole block, up to size, into dst.

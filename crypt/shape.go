@@ -39,6 +39,7 @@ func (f *File) cutAll() error {
 	if c := f.cipher.Swap(nil); c != nil {
 		c.wipe()
 	}
+	f.suspended = false
 	f.size.Store(0)
 	f.tail = nil
 	f.bad.Store(nil)
