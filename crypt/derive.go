@@ -37,7 +37,7 @@ type Secrets struct {
 	key *Key
 	prk *Key // HKDF-Extract(SHA-256, data key, salt = file id)
 
-	under atomic.Pointer[string] // see Under
+	under atomic.Pointer[[]string] // see Under
 }
 
 // A Fresh is a data key that no file uses yet, with the header it goes under.
@@ -131,21 +131,21 @@ func (s *Secrets) Clone() (*Secrets, error) {
 	return c, nil
 }
 
-// Under names the key of a key service on whose lease the use of these secrets
-// depends, or is "". Whoever opened them says so with SetUnder; it goes along when
-// they are cloned.
-func (s *Secrets) Under() string {
+// Under names the keys of key services on whose leases the use of these secrets
+// depends, the governing one first. Whoever opened them says so with SetUnder; it goes
+// along when they are cloned.
+func (s *Secrets) Under() []string {
 	if s == nil {
-		return ""
+		return nil
 	}
 	if p := s.under.Load(); p != nil {
 		return *p
 	}
-	return ""
+	return nil
 }
 
-// SetUnder changes what Under says.
-func (s *Secrets) SetUnder(key string) { s.under.Store(&key) }
+// SetUnder changes what Under says. The list must not be changed any more.
+func (s *Secrets) SetUnder(keys []string) { s.under.Store(&keys) }
 
 // DataKey is the data key itself, for wrapping it again. The Secrets own it.
 func (s *Secrets) DataKey() *Key { return s.key }

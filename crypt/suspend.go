@@ -55,16 +55,16 @@ func (f *File) Resume(s *Secrets) error {
 	return nil
 }
 
-// Under names the keys of key services on whose leases the File's keys depend: of
-// its contents, and of the key for growing from nothing; "" where there is none.
-func (f *File) Under() (contents, fresh string) {
+// Under is what the secrets of the contents depend on (Secrets.Under); nil while
+// nothing is stored. It waits for nothing.
+func (f *File) Under() []string { return f.Secrets().Under() }
+
+// FreshUnder is the same of the key for growing from nothing.
+func (f *File) FreshUnder() []string {
 	f.shape.RLock()
 	defer f.shape.RUnlock()
-	if c := f.cipher.Load(); c != nil {
-		contents = c.secrets.Under()
+	if f.fresh == nil {
+		return nil
 	}
-	if f.fresh != nil {
-		fresh = f.fresh.Secrets.Under()
-	}
-	return contents, fresh
+	return f.fresh.Secrets.Under()
 }

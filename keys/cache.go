@@ -3,6 +3,7 @@ package keys
 import (
 	"container/list"
 	"context"
+	"strings"
 	"sync"
 	"time"
 
@@ -136,6 +137,44 @@ func (c *cache) retain(keys []string) {
 	for e := c.recent.Front(); e != nil; {
 		v, following := e.Value.(*cached), e.Next()
 		if !trusts(keys, v.key) {
+			c.removeLocked(e)
+		}
+		e = following
+	}
+}
+
+// drop forgets one identity.
+func (c *cache) drop(id *crypt.Identity) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e := c.entries[string(id.Bytes())]; e != nil {
+		c.removeLocked(e)
+	}
+}
+
+// under is what the data keys depend on, each list once.
+func (c *cache) under() (lists [][]string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	seen := map[string]bool{}
+	for e := c.recent.Front(); e != nil; e = e.Next() {
+		list := e.Value.(*cached).secrets.Under()
+		if name := strings.Join(list, " "); !seen[name] {
+			seen[name] = true
+			lists = append(lists, list)
+		}
+	}
+	return lists
+}
+
+// sweepEnded wipes what may not be used any more; an answer on its way is not kept.
+func (c *cache) sweepEnded(ended func(under []string) error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.era++
+	for e := c.recent.Front(); e != nil; {
+		v, following := e.Value.(*cached), e.Next()
+		if ended(v.secrets.Under()) != nil {
 			c.removeLocked(e)
 		}
 		e = following

@@ -40,6 +40,7 @@ type pool struct {
 	max      int
 	age      time.Duration
 	base     context.Context
+	refused  func() error // why no key may be handed out now, or nil
 
 	mu       sync.Mutex
 	ready    []spare            // guarded by mu; oldest first
@@ -77,7 +78,8 @@ type result struct {
 var errClosed = errors.New("the key ring is closed")
 
 func newPool(base context.Context, next maker, current func() string, max int, deadline time.Duration) *pool {
-	p := &pool{next: next, current: current, deadline: deadline, max: max, age: poolAge, base: base, tries: map[*attempts]bool{}}
+	p := &pool{next: next, current: current, deadline: deadline, max: max, age: poolAge, base: base, tries: map[*attempts]bool{},
+		refused: func() error { return nil }}
 	p.ctx, p.cancel = context.WithCancel(base)
 	return p
 }
@@ -106,9 +108,12 @@ func (p *pool) enter(now time.Time) (w chan result, r result, ok bool) {
 	defer p.mu.Unlock()
 	p.demandLocked(now)
 	p.expireLocked(now)
+	refusal := p.refused()
 	switch {
 	case p.closed:
 		return nil, result{err: newError(KindUnavailable, opGenerate, p.current(), errClosed)}, true
+	case refusal != nil:
+		return nil, result{err: refusal}, true
 	case len(p.ready) > 0:
 		f := p.ready[0].fresh
 		p.ready = p.ready[1:]
@@ -243,7 +248,7 @@ func (p *pool) serveLocked(r result) {
 func (p *pool) putBack(f *crypt.Fresh) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed || len(p.ready) >= max(p.max, 1) || len(f.Header.Copies) != 1 || f.Header.Copies[0].Key != p.current() {
+	if p.closed || p.refused() != nil || len(p.ready) >= max(p.max, 1) || len(f.Header.Copies) != 1 || f.Header.Copies[0].Key != p.current() {
 		wipeFresh(f)
 		return
 	}
@@ -281,6 +286,28 @@ func (p *pool) drop() {
 	p.dropLocked()
 	p.ctx, p.cancel = context.WithCancel(p.base)
 	p.refillLocked()
+}
+
+// refuse wipes everything, and sends the waiters away, if no key may be handed out.
+func (p *pool) refuse() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	err := p.refused()
+	if err == nil || p.closed {
+		return
+	}
+	p.dropLocked()
+	p.ctx, p.cancel = context.WithCancel(p.base)
+	for len(p.waiters) > 0 {
+		p.serveLocked(result{err: err})
+	}
+}
+
+// holds reports whether there are keys, or will be.
+func (p *pool) holds() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.ready)+p.inflight > 0
 }
 
 func (p *pool) dropLocked() {

@@ -2,6 +2,7 @@ package keys
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -56,20 +57,26 @@ type Ring struct {
 	cache   *cache
 	flight  *flight
 	pool    *pool
+	leases  *leases
 
 	deadline time.Duration
-	cancel   context.CancelFunc // ends every call
+	base     context.Context // of every call
+	cancel   context.CancelFunc
 }
 
 // NewRing makes a ring. It calls nobody.
 func NewRing(o RingOptions) *Ring {
 	o.setDefaults()
 	base, cancel := context.WithCancel(context.Background())
-	r := &Ring{counted: newCounted(o.Provider), deadline: o.Deadline, cancel: cancel}
+	r := &Ring{counted: newCounted(o.Provider), deadline: o.Deadline, base: base, cancel: cancel}
 	r.core = newWrapper(r.counted, o.Volume, o.BlockLog2, o.Trusted)
 	r.cache = newCache(r.core, o.CacheKeys, o.CacheAge)
 	r.flight = newFlight(base, r.cache, o.Deadline)
 	r.pool = newPool(base, r.core, r.first, max(o.PoolSize, 0), o.Deadline)
+	r.leases = newLeases(r.counted, o.Volume, o.Deadline)
+	r.leases.held, r.leases.wipe = r.held, r.wipeEnded
+	r.core.leases = r.leases
+	r.pool.refused = func() error { return r.leases.ended([]string{r.first()}) }
 	return r
 }
 
@@ -87,15 +94,32 @@ func (r *Ring) first() string {
 func (r *Ring) Open(ctx context.Context, h *crypt.Header) (*crypt.Secrets, error) {
 	// Trust is asked before the cache: a header that lost its last trusted copy
 	// is not opened from memory either.
-	if _, err := r.core.check(h); err != nil {
+	list, err := r.core.check(h)
+	if err != nil {
 		return nil, err
 	}
-	if o, ok := r.cache.peek(&h.Identity); ok {
-		return o.secrets, nil
+	err = r.leases.ended(governing(list))
+	if errors.Is(err, ErrLocked) {
+		return nil, err
+	}
+	if err != nil {
+		r.cache.drop(&h.Identity) // the key service may still say yes to it
+	} else if o, ok := r.cache.peek(&h.Identity); ok {
+		return r.checked(o)
 	}
 	o, err := r.flight.open(ctx, h)
 	if err != nil {
 		return nil, fmt.Errorf("opening a data key: %w", err)
+	}
+	return r.checked(o)
+}
+
+// checked lets a data key go only if the lease that it depends on has not ended while
+// it was on its way.
+func (r *Ring) checked(o opened) (*crypt.Secrets, error) {
+	if err := r.leases.ended(o.secrets.Under()); err != nil {
+		o.secrets.Wipe()
+		return nil, err
 	}
 	return o.secrets, nil
 }
@@ -107,6 +131,10 @@ func (r *Ring) Fresh(ctx context.Context) (*crypt.Fresh, error) {
 	f, err := r.pool.take(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("getting a fresh data key: %w", err)
+	}
+	if err := r.leases.ended(f.Secrets.Under()); err != nil {
+		wipeFresh(f)
+		return nil, err
 	}
 	return f, nil
 }
@@ -138,12 +166,75 @@ func (r *Ring) SetTrusted(keys []string) {
 	r.core.setTrusted(keys)
 	r.cache.retain(keys)
 	r.pool.drop()
+	r.leases.trust(keys)
 }
 
 // Forget wipes every key that is remembered or was fetched ahead; the ring goes on.
 func (r *Ring) Forget() {
 	r.cache.retain(nil)
 	r.pool.drop()
+}
+
+// KeepLeases begins to keep a lease of each trusted key: data keys that depend on one
+// that has ended are refused and wiped. volumeKey is the header of the volume's key,
+// whose copies are what the key service is asked to decrypt. It is called once.
+func (r *Ring) KeepLeases(o LeaseOptions, volumeKey *crypt.Header) {
+	r.leases.start(r.base, o, r.Trusted(), volumeKey)
+}
+
+// SetVolumeKey replaces the header given to KeepLeases, after a rekey.
+func (r *Ring) SetVolumeKey(h *crypt.Header) { r.leases.setVolumeKey(h) }
+
+// Leases is what is known of each trusted key's lease; none before KeepLeases.
+func (r *Ring) Leases() []Lease { return r.leases.list(r.core.keys()) }
+
+// Governing lists the trusted keys on which the use of a header's data key depends:
+// a denial by the first is final, and the next counts only while the one before it
+// does not answer.
+func (r *Ring) Governing(h *crypt.Header) []string {
+	list, err := r.core.check(h)
+	if err != nil {
+		return nil
+	}
+	return governing(list)
+}
+
+// Ended says why data keys that depend on a list of keys (crypt.Secrets.Under) may
+// not be used any more, or nil: a *LeaseError or ErrLocked.
+func (r *Ring) Ended(under []string) error { return r.leases.ended(under) }
+
+// Follow lets whoever holds data keys take part: inUse says what those depend on, so
+// that leases are renewed for them, and changed is called, in no particular
+// goroutine, when Ended may answer differently. It must not wait, and stop the use of
+// what has ended before it returns.
+func (r *Ring) Follow(inUse func() [][]string, changed func()) (stop func()) {
+	return r.leases.follow(&follower{inUse, changed})
+}
+
+// Lock ends every lease at once and refuses every data key until Unlock.
+func (r *Ring) Lock() { r.leases.lock(true) }
+
+// Unlock undoes Lock; each key has to be opened again.
+func (r *Ring) Unlock() { r.leases.lock(false) }
+
+// Locked reports whether Lock was called.
+func (r *Ring) Locked() bool { return errors.Is(r.leases.ended(nil), ErrLocked) }
+
+// held is what the ring's own data keys depend on.
+func (r *Ring) held() [][]string {
+	lists := r.cache.under()
+	if r.pool.holds() {
+		lists = append(lists, []string{r.first()})
+	}
+	return lists
+}
+
+// wipeEnded wipes the ring's own data keys whose lease has ended.
+func (r *Ring) wipeEnded() {
+	if r.leases.anyEnded() {
+		r.cache.sweepEnded(r.leases.ended)
+		r.pool.refuse()
+	}
 }
 
 // Close wipes every key and ends calls under way. Clones handed out stay with

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -55,11 +56,14 @@ type wrapper struct {
 	mu      sync.Mutex
 	trusted []string             // guarded by mu; never changed in place; the order is the client's preference
 	outages map[string]time.Time // guarded by mu; by key: until when it is tried last
+
+	leases *leases // hear of every answer
 }
 
 func newWrapper(p Provider, volume crypt.VolumeID, blockLog2 uint8, trusted []string) *wrapper {
 	return &wrapper{provider: p, volume: volume, blockLog2: blockLog2,
-		trusted: append([]string(nil), trusted...), outages: map[string]time.Time{}}
+		trusted: append([]string(nil), trusted...), outages: map[string]time.Time{},
+		leases: newLeases(p, volume, defaultDeadline)}
 }
 
 func (w *wrapper) keys() []string {
@@ -94,6 +98,17 @@ func candidates(trusted []string, h *crypt.Header) []candidate {
 		}
 	}
 	return out
+}
+
+// governing lists the keys of candidates, each once: the first is the one whose
+// denial is final.
+func governing(list []candidate) (keys []string) {
+	for _, c := range list {
+		if !slices.Contains(keys, c.key) {
+			keys = append(keys, c.key)
+		}
+	}
+	return keys
 }
 
 // check refuses a header that must not reach the provider.
@@ -131,6 +146,7 @@ func (w *wrapper) open(ctx context.Context, h *crypt.Header) (opened, error) {
 		c := list[i]
 		s, err := w.openCopy(ctx, h, c, len(list)-tried)
 		if err == nil {
+			s.SetUnder(governing(list))
 			return opened{s, c.key}, nil
 		}
 		said[i] = err
@@ -195,8 +211,10 @@ func verdict(said []error) (v error) {
 func (w *wrapper) openCopy(ctx context.Context, h *crypt.Header, c candidate, left int) (*crypt.Secrets, error) {
 	ctx, cancel := context.WithTimeout(ctx, w.budget(ctx, c.key, left))
 	defer cancel()
-	k, err := w.provider.Decrypt(ctx, c.key, h.EncryptionContext(w.volume), c.blob)
+	start, ec := time.Now(), h.EncryptionContext(w.volume)
+	k, err := w.provider.Decrypt(ctx, c.key, ec, c.blob)
 	w.remember(c.key, err)
+	w.leases.heard(opDecrypt, c.key, witness{ec, c.blob}, start, err)
 	if err != nil {
 		return nil, err
 	}
@@ -250,7 +268,9 @@ func (w *wrapper) make(ctx context.Context, use crypt.Use) (*crypt.Fresh, error)
 	if err != nil {
 		return nil, err
 	}
-	k, blob, err := w.provider.GenerateDataKey(ctx, trusted[0], id.EncryptionContext(w.volume))
+	start, ec := time.Now(), id.EncryptionContext(w.volume)
+	k, blob, err := w.provider.GenerateDataKey(ctx, trusted[0], ec)
+	w.leases.heard(opGenerate, trusted[0], witness{ec, blob}, start, err)
 	if err != nil {
 		return nil, err
 	}
@@ -259,5 +279,6 @@ func (w *wrapper) make(ctx context.Context, use crypt.Use) (*crypt.Fresh, error)
 	if err != nil {
 		return nil, fmt.Errorf("committing to a fresh data key: %w", err)
 	}
+	s.SetUnder(trusted[:1:1])
 	return &crypt.Fresh{Header: &crypt.Header{Identity: id, Copies: []crypt.Copy{{Key: trusted[0], Blob: blob}}}, Secrets: s}, nil
 }
