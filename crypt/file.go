@@ -54,7 +54,7 @@ type File struct {
 
 	size   atomic.Int64           // plaintext; changed with shape held, or with tailMu and the range of both ends
 	cipher atomic.Pointer[sealer] // nil while nothing was stored; changed with shape held
-	fresh  *Fresh                 // guarded by shape; for the growth from 0
+	fresh  atomic.Pointer[Fresh]  // for the growth from 0; changed with shape held
 	// suspended: cipher is there and wiped, until Resume. Guarded by shape.
 	suspended bool
 	// bad is why the end can't be trusted: changed with shape held exclusively,
@@ -156,7 +156,7 @@ func (f *File) Size() int64 { return f.size.Load() }
 func (f *File) NeedsKey() bool {
 	f.shape.RLock()
 	defer f.shape.RUnlock()
-	return f.cipher.Load() == nil && f.fresh == nil
+	return f.cipher.Load() == nil && f.fresh.Load() == nil
 }
 
 // Prime gives the file the key under which it will grow from nothing, and
@@ -164,27 +164,21 @@ func (f *File) NeedsKey() bool {
 func (f *File) Prime(k *Fresh) bool {
 	f.shape.Lock()
 	defer f.shape.Unlock()
-	if f.fresh != nil {
-		return false
-	}
-	f.fresh = k
-	return true
+	return f.fresh.CompareAndSwap(nil, k)
 }
 
 // Unprime takes back a key that was not needed, or returns nil.
 func (f *File) Unprime() *Fresh {
 	f.shape.Lock()
 	defer f.shape.Unlock()
-	k := f.fresh
-	f.fresh = nil
-	return k
+	return f.fresh.Swap(nil)
 }
 
 // Primed reports whether the file holds a key it has not used yet.
 func (f *File) Primed() bool {
 	f.shape.RLock()
 	defer f.shape.RUnlock()
-	return f.fresh != nil
+	return f.fresh.Load() != nil
 }
 
 // Reprime exchanges a key that the file holds and has not used for k, after a
@@ -192,11 +186,10 @@ func (f *File) Primed() bool {
 func (f *File) Reprime(k *Fresh) *Fresh {
 	f.shape.Lock()
 	defer f.shape.Unlock()
-	if f.fresh == nil {
+	if f.fresh.Load() == nil {
 		return k
 	}
-	k, f.fresh = f.fresh, k
-	return k
+	return f.fresh.Swap(k)
 }
 
 // Identity is the current generation's, or nil while nothing is stored.
@@ -235,19 +228,20 @@ func (f *File) currentLocked() (*sealer, error) {
 	if c := f.cipher.Load(); c != nil {
 		return c, nil
 	}
-	if f.fresh == nil {
+	fresh := f.fresh.Load()
+	if fresh == nil {
 		return nil, fmt.Errorf("growing an empty file without a fresh data key: %w", ErrKeyUnavailable)
 	}
-	raw, err := f.fresh.Header.Marshal()
+	raw, err := fresh.Header.Marshal()
 	if err != nil {
 		return nil, err
 	}
 	if err := f.b.SetHeader(raw); err != nil {
 		return nil, fmt.Errorf("installing a header: %w", err)
 	}
-	c := newSealer(f.fresh.Secrets)
+	c := newSealer(fresh.Secrets)
 	f.cipher.Store(c)
-	f.fresh = nil
+	f.fresh.Store(nil)
 	f.mark.Store(markAbsent)
 	return c, nil
 }
@@ -264,9 +258,8 @@ func (f *File) Sync() error {
 func (f *File) Close() {
 	f.shape.Lock()
 	defer f.shape.Unlock()
-	if f.fresh != nil {
-		f.fresh.Secrets.Wipe()
-		f.fresh = nil
+	if fresh := f.fresh.Swap(nil); fresh != nil {
+		fresh.Secrets.Wipe()
 	}
 	if c := f.cipher.Load(); c != nil {
 		c.wipe()

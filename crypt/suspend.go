@@ -12,7 +12,7 @@ import "fmt"
 func (f *File) Suspend() (unused *Fresh) {
 	f.shape.Lock()
 	defer f.shape.Unlock()
-	unused, f.fresh = f.fresh, nil
+	unused = f.fresh.Swap(nil)
 	c := f.cipher.Load()
 	if c == nil {
 		return unused
@@ -61,10 +61,8 @@ func (f *File) Under() []string { return f.Secrets().Under() }
 
 // FreshUnder is the same of the key for growing from nothing.
 func (f *File) FreshUnder() []string {
-	f.shape.RLock()
-	defer f.shape.RUnlock()
-	if f.fresh == nil {
-		return nil
+	if fresh := f.fresh.Load(); fresh != nil {
+		return fresh.Secrets.Under()
 	}
-	return f.fresh.Secrets.Under()
+	return nil
 }

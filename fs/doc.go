@@ -28,6 +28,12 @@
 //   - handle: one open(2).
 //   - orphan: the descriptor of a node whose last name went. It is known to other
 //     requests only after the removal, and open until the last of them is done.
+//   - bar: why a file may not be used, though it is open: the lease that its keys
+//     depend on has ended (lease.go). Reads and opens fail from that moment; then a
+//     goroutine that holds no lock has the kernel drop its pages, so that it writes
+//     out what it held back; then the keys are wiped and writes fail too. The view
+//     stays, for what it knows is nowhere else. When the lease is there again files
+//     get their keys back without being asked: reads and writes never wait for Keys.
 //   - Watch: what was renamed and linked, for a sweep over the backing tree that
 //     goes on meanwhile and would miss it (watch.go).
 //
@@ -43,8 +49,8 @@
 //  5. moves.mu: shared while an entry is renamed or linked and that is noted, with
 //     none of the above held; exclusively, for a moment, by Watch and Moved. The
 //     volume's own locks, and Watch.mu of each watcher, are taken under it.
-//  6. fileTable.mu, dirCache.mu, orphanage.mu, limiter.mu, Watch.mu: leaves, no call
-//     is made under them but close(2).
+//  6. fileTable.mu, dirCache.mu, orphanage.mu, limiter.mu, Watch.mu, tenure.mu: leaves,
+//     no call is made under them but close(2). KeyLeases.Ended is a leaf, too.
 //
 // The kernel holds locks of its own around requests: a directory's while it
 // creates, renames and unlinks in it, an inode's while it truncates or seeks. So

@@ -18,6 +18,7 @@ var errnos = []struct {
 	{context.Canceled, syscall.EINTR},
 	{crypt.ErrKeyDenied, syscall.EACCES},
 	{crypt.ErrKeyDisabled, syscall.EKEYREVOKED},
+	{crypt.ErrWiped, syscall.EKEYREVOKED}, // the lease ended in the middle of it
 	{crypt.ErrKeyNotFound, syscall.ENOKEY},
 	{crypt.ErrKeyRejected, syscall.EKEYREJECTED},
 	{crypt.ErrKeyTimeout, syscall.ETIMEDOUT},

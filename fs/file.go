@@ -24,6 +24,12 @@ type file struct {
 	// view is the plaintext: nil until somebody opens the file, then the same
 	// until the last handle is gone. Set with mu held.
 	view atomic.Pointer[crypt.File]
+	// bar is why the file may not be used, or nil. Lifted with mu held.
+	bar atomic.Pointer[bar]
+	// stale: the kernel may show pages that could not be written.
+	stale atomic.Bool
+	// node is one that the kernel knows the file by, from the first handle on.
+	node atomic.Pointer[node]
 
 	mu      sync.Mutex
 	old     []int     // guarded by mu; descriptors replaced, closed with the file

@@ -27,6 +27,7 @@ func (h *handle) view() *crypt.File { return h.f.view.Load() }
 // has, unless the backing file is not what it was when the last handle closed.
 func (n *node) newHandle(f *file, write bool) (*handle, uint32) {
 	n.fs.stats.opens.Add(1)
+	f.node.Store(n)
 	var st unix.Statx_t
 	var flags uint32
 	if f.shared() || n.fs.statFd(f.descriptor(), &st) == nil && n.unchanged(&st) {
@@ -58,6 +59,7 @@ func (h *handle) release() {
 		s := stampOf(&st)
 		h.n.seen.Store(&s)
 	}
+	h.n.closing(h.view())
 	h.n.fs.files.release(h.f)
 }
 
@@ -66,15 +68,31 @@ func (h *handle) release() {
 // After an error the kernel asks again page by page, so only what is damaged
 // fails.
 func (h *handle) read(dest []byte, off int64) (fuse.ReadResult, error) {
+	if err := h.f.barErr(); err != nil {
+		return nil, err
+	}
 	n, err := h.view().ReadAt(dest, off)
 	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, err
+		return nil, h.f.because(err)
 	}
 	return fuse.ReadResultData(dest[:n]), nil
 }
 
+// write seals what it is given. It never waits for KMS: the key is at hand since the
+// open, or its lease has ended.
+func (h *handle) write(data []byte, off int64) (int, error) {
+	if err := h.f.sealErr(); err != nil {
+		return 0, err
+	}
+	n, err := h.view().WriteAt(data, off)
+	return n, h.f.because(err)
+}
+
 // seek answers SEEK_DATA and SEEK_HOLE.
 func (h *handle) seek(off int64, whence uint32) (int64, error) {
+	if err := h.f.barErr(); err != nil {
+		return 0, err
+	}
 	asIs := h.f.unwritten()
 	if !asIs {
 		h.n.flushBeyond(h.view().Size())
@@ -115,6 +133,9 @@ func (n *node) flushBeyond(size int64) {
 
 // allocate serves fallocate(2).
 func (h *handle) allocate(off, size int64, mode uint32) error {
+	if err := h.f.barErr(); err != nil {
+		return err
+	}
 	v := h.view()
 	keep := mode&unix.FALLOC_FL_KEEP_SIZE != 0
 	switch mode {
@@ -133,7 +154,7 @@ func (h *handle) sync(datasync bool) error {
 	v := h.view()
 	if v.Pending() {
 		if err := h.f.settleNow(v); err != nil {
-			return err
+			return h.f.because(err)
 		}
 	}
 	if datasync {
@@ -154,6 +175,9 @@ const (
 func (h *handle) copyTo(ctx context.Context, from int64, to *handle, at, size int64) (done int64, err error) {
 	buf := make([]byte, min(size, copyChunk))
 	for size = min(size, copyMax); done < size && ctx.Err() == nil; {
+		if err = h.f.barErr(); err != nil {
+			break
+		}
 		n, rerr := h.view().ReadAt(buf[:min(size-done, copyChunk)], from+done)
 		if rerr != nil && !errors.Is(rerr, io.EOF) {
 			err = rerr
@@ -162,7 +186,7 @@ func (h *handle) copyTo(ctx context.Context, from int64, to *handle, at, size in
 		if n == 0 {
 			break
 		}
-		w, werr := to.view().WriteAt(buf[:n], at+done)
+		w, werr := to.write(buf[:n], at+done)
 		done += int64(w)
 		if err = werr; err != nil || rerr != nil {
 			break

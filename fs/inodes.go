@@ -38,6 +38,13 @@ func (t *fileTable) acquire(fs *fileSystem, id fileID) *file {
 	return f
 }
 
+// hold counts one more use of a file that the caller uses.
+func (t *fileTable) hold(f *file) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	f.refs++
+}
+
 // find returns the file of a backing inode if it is in use, or nil. The caller
 // releases it.
 func (t *fileTable) find(id fileID) *file {

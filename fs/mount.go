@@ -160,6 +160,7 @@ func (s *Server) mount() error {
 	}
 	s.fuse = server
 	fs.tend.start()
+	fs.followLeases()
 	go s.serve()
 	if err := server.WaitMount(); err != nil {
 		_ = s.Unmount()
@@ -173,6 +174,7 @@ func (s *Server) mount() error {
 func (s *Server) serve() {
 	s.fuse.Serve()
 	s.fs.tend.end()
+	s.fs.tenure.end()
 	s.fs.tend.finish()
 	s.fs.dirs.closeAll()
 	close(s.done)

@@ -30,6 +30,8 @@ type fileSystem struct {
 	log   *limiter
 	tend  upkeep
 
+	tenure tenure
+
 	keyAge atomic.Uint64 // how often Reprime was called
 
 	orphans orphanage
@@ -67,6 +69,9 @@ type node struct {
 	// seen is the state of the backing file that the kernel's cached pages
 	// belong to, since the last close.
 	seen atomic.Pointer[stamp]
+	// under is what the keys of the contents depended on at the last close; nil if
+	// that is not known, or the kernel has no pages any more.
+	under atomic.Pointer[[]string]
 	// noCaps: there is no security.capability. The kernel asks before writes.
 	noCaps atomic.Bool
 }

@@ -24,14 +24,13 @@ func (n *node) Read(_ context.Context, fh fusefs.FileHandle, dest []byte, off in
 
 var _ = (fusefs.NodeWriter)((*node)(nil))
 
-// Write encrypts and stores. It never waits for KMS: the key is at hand since the
-// open.
+// Write encrypts and stores.
 func (n *node) Write(ctx context.Context, fh fusefs.FileHandle, data []byte, off int64) (uint32, syscall.Errno) {
 	h := handleOf(fh)
 	if h == nil {
 		return 0, syscall.EBADF
 	}
-	done, err := h.view().WriteAt(data, off)
+	done, err := h.write(data, off)
 	if c, is := ctx.(*fuse.Context); is && c.Pid == fromCache {
 		h.f.cached.Store(true)
 	}

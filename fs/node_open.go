@@ -129,6 +129,7 @@ func (n *node) createWith(ctx context.Context, k freshKey, write bool, out *fuse
 	child := n.child(ctx, &st, out)
 	c := child.Operations().(*node)
 	c.noCaps.Store(true)
+	f.node.Store(c)
 	return child, &handle{f: f, n: c, writer: write}, nil
 }
 
@@ -157,6 +158,7 @@ func (n *node) adopt(fd int, st *unix.Statx_t, k freshKey, write bool) (*file, e
 	}
 	f.install(fd, true)
 	f.view.Store(v)
+	f.reconsider(v)
 	f.timesMu.Lock()
 	f.tell(unix.Timespec{Sec: st.Mtime.Sec, Nsec: int64(st.Mtime.Nsec)})
 	f.timesMu.Unlock()

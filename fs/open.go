@@ -105,7 +105,7 @@ func (f *file) load(ctx context.Context) error {
 func (f *file) join() (l *loading, leads bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.view.Load() != nil {
+	if f.view.Load() != nil && f.bar.Load() == nil {
 		return nil, false
 	}
 	if f.loading != nil {
@@ -190,9 +190,8 @@ func (f *file) header() (raw []byte, h *crypt.Header, err error) {
 func (f *file) installView(s *crypt.Secrets) (done bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.view.Load() != nil {
-		s.Wipe()
-		return true, nil
+	if v := f.view.Load(); v != nil {
+		return true, f.resume(v, s)
 	}
 	var st unix.Stat_t
 	if err := unix.Fstat(f.descriptor(), &st); err != nil {
@@ -210,6 +209,20 @@ func (f *file) installView(s *crypt.Secrets) (done bool, err error) {
 		return true, f.setView(0, s)
 	}
 	return true, f.setContents(st.Size, s)
+}
+
+// resume gives a view its keys back that it lost when their lease ended; it takes
+// over s. mu is held.
+func (f *file) resume(v *crypt.File, s *crypt.Secrets) error {
+	if err := f.fs.ended(s.Under()); err != nil {
+		s.Wipe()
+		return err
+	}
+	if err := v.Resume(s); err != nil {
+		return err
+	}
+	f.reconsider(v)
+	return nil
 }
 
 // setContents makes the view of a file that stores something. If what it stores is
@@ -234,6 +247,7 @@ func (f *file) setView(stored int64, s *crypt.Secrets) error {
 		return err
 	}
 	f.view.Store(v)
+	f.reconsider(v)
 	return nil
 }
 
@@ -273,7 +287,10 @@ func (f *file) tryChange(c change, k freshKey) (unused *crypt.Fresh, missing boo
 		return k.Fresh, true, nil
 	}
 	unused, err = f.changeLocked(c, k.Fresh)
-	return unused, false, err
+	if v := f.view.Load(); v != nil {
+		f.reconsider(v)
+	}
+	return unused, false, f.because(err)
 }
 
 // needsKey says whether the file has to be given a fresh key for a change.
@@ -339,6 +356,11 @@ func (f *file) open(ctx context.Context, n *node, write, trunc bool) error {
 	if !trunc {
 		if err := f.load(ctx); err != nil {
 			return err
+		}
+		if f.view.Load().Size() > 0 {
+			if err := f.barErr(); err != nil {
+				return err
+			}
 		}
 	}
 	if !write && !trunc {

@@ -115,7 +115,9 @@ func (f *file) cloneSecrets() (*crypt.Secrets, error) {
 		return nil, nil
 	}
 	s, err := own.Clone()
-	if errors.Is(err, crypt.ErrWiped) {
+	if b := f.bar.Load(); b != nil && err != nil {
+		err = b.err
+	} else if errors.Is(err, crypt.ErrWiped) {
 		err = volume.ErrHeaderChanged // emptied just now
 	}
 	return s, err

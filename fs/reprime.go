@@ -31,10 +31,12 @@ type freshKey struct {
 }
 
 // outdated reports whether Reprime was called since the key was asked for: it may
-// be one under the old list. Whoever gives a key to a file asks with file.mu held,
+// be one under the old list; or whether its lease has ended. Whoever gives a key to a file asks with file.mu held,
 // and Reprime looks into each file with file.mu held after it has counted itself.
 // So either the giver sees the count, or Reprime sees the key.
-func (fs *fileSystem) outdated(k freshKey) bool { return fs.keyAge.Load() != k.age }
+func (fs *fileSystem) outdated(k freshKey) bool {
+	return fs.keyAge.Load() != k.age || fs.ended(k.Secrets.Under()) != nil
+}
 
 // reprime exchanges the file's unused key, if it holds one. No lock is held while
 // Keys is asked; the new key may be outdated then, by the next Reprime.
@@ -68,5 +70,8 @@ func (f *file) exchange(k freshKey) (unused *crypt.Fresh, done bool) {
 	if f.fs.outdated(k) {
 		return k.Fresh, false
 	}
-	return f.view.Load().Reprime(k.Fresh), true
+	v := f.view.Load()
+	unused = v.Reprime(k.Fresh)
+	f.reconsider(v)
+	return unused, true
 }

@@ -20,13 +20,15 @@ type Stats struct {
 	OpenFiles int64         // open now
 	OpenDirs  int64         // directory descriptors held now
 	Settles   int64         // files whose gaps were settled
+	Wiped     int64         // times an open file lost its keys, for their lease had ended
+	Healed    int64         // times one was allowed to go on
 	Syncs     int64         // times the backing store was synced on our own initiative
 	Errors    map[string]int64
 }
 
 type stats struct {
-	opens, creates, keyOpens, keyFresh, keyRenews, settles, syncs atomic.Int64
-	keyWait                                                       atomic.Int64 // ns
+	opens, creates, keyOpens, keyFresh, keyRenews, settles, syncs, wiped, healed atomic.Int64
+	keyWait                                                                      atomic.Int64 // ns
 
 	mu     sync.Mutex
 	errors map[syscall.Errno]int64 // guarded by mu
@@ -63,6 +65,8 @@ func (s *Server) Stats() Stats {
 		OpenDirs:  int64(fs.dirs.len()),
 		Settles:   st.settles.Load(),
 		Syncs:     st.syncs.Load(),
+		Wiped:     st.wiped.Load(),
+		Healed:    st.healed.Load(),
 		Errors:    make(map[string]int64),
 	}
 	st.mu.Lock()

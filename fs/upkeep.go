@@ -91,7 +91,7 @@ func (u *upkeep) settle(now time.Time) {
 
 func (f *file) settleOld(now time.Time) {
 	v := f.view.Load()
-	if v == nil || !v.Pending() {
+	if v == nil || !v.Pending() || f.sealErr() != nil {
 		return
 	}
 	f.mu.Lock()
