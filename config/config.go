@@ -63,6 +63,9 @@ type Mount struct {
 	Writeback    bool     `toml:"writeback"`
 	AttrTimeout  Duration `toml:"attr_timeout"`  // 0 = the built-in choice
 	EntryTimeout Duration `toml:"entry_timeout"` // 0 = the built-in choice
+	Lease        Duration `toml:"lease"`         // data keys are used no longer without asking
+	Grace        Duration `toml:"grace"`         // and so much longer while the key service does not answer
+	IdleUnmount  Duration `toml:"idle_unmount"`  // unmount after so long without use; 0 = never
 	Options      []string `toml:"options"`       // handed to the kernel: noexec, noatime
 	AcceptNew    bool     `toml:"accept_new"`
 	LogFile      string   `toml:"log_file"` // "" = syslog
@@ -98,7 +101,7 @@ type Volume struct {
 func Default() *Config {
 	return &Config{
 		Init:  Init{Names: "encrypted", BlockSize: 4096},
-		Mount: Mount{Writeback: true},
+		Mount: Mount{Writeback: true, Lease: Duration(time.Minute), Grace: Duration(15 * time.Minute)},
 		KMS:   KMS{Deadline: Duration(10 * time.Second), CreateWait: Duration(2 * time.Second)},
 		Rekey: Rekey{Jobs: 16},
 	}
@@ -208,6 +211,7 @@ func (c *Config) problems() (list []string) {
 	bad(c.Init.Names != "encrypted" && c.Init.Names != "plain", "init.names is \"encrypted\" or \"plain\", not %q", c.Init.Names)
 	n := c.Init.BlockSize
 	bad(n < 4096 || n > 65536 || n&(n-1) != 0, "init.block_size is a power of two from 4096 to 65536, not %d", n)
+	bad(c.Mount.Lease <= 0, "mount.lease must be more than 0")
 	bad(c.KMS.Deadline <= 0, "kms.deadline must be more than 0")
 	bad(c.KMS.CreateWait <= 0, "kms.create_wait must be more than 0")
 	bad(c.KMS.CacheKeys < 0, "kms.cache_keys can't be negative")

@@ -23,6 +23,7 @@ import (
 // kernel's cache.
 type rawFS struct {
 	fuse.RawFileSystem
+	used  *usage
 	umask bool // the kernel leaves umasks to us (FUSE_DONT_MASK)
 }
 

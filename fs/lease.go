@@ -249,7 +249,7 @@ func (s *Server) Drained(ctx context.Context) error {
 // works: the WRITEs are served meanwhile.
 func (fs *fileSystem) drain(list []barred) {
 	if len(list) > 0 {
-		fs.log.log.Warn("the lease of files in use has ended", "files", len(list), "err", list[0].bar.err)
+		fs.log.log.Info("files in use lose their keys", "files", len(list))
 	}
 	fs.invalidate(list)
 	for _, x := range list {

@@ -154,11 +154,12 @@ func (s *Server) mount() error {
 		Logger:          fuseOpts.Logger,
 		RootStableAttr:  &fusefs.StableAttr{Ino: fs.inoOf(id), Gen: uint64(id.born)},
 	})
-	server, err := fuse.NewServer(&rawFS{RawFileSystem: raw, umask: fs.acl}, fs.opts.Mountpoint, &fuseOpts)
+	server, err := fuse.NewServer(&rawFS{RawFileSystem: raw, used: &fs.used, umask: fs.acl}, fs.opts.Mountpoint, &fuseOpts)
 	if err != nil {
 		return err
 	}
 	s.fuse = server
+	fs.used.touch()
 	fs.tend.start()
 	fs.followLeases()
 	go s.serve()

@@ -31,6 +31,7 @@ type fileSystem struct {
 	tend  upkeep
 
 	tenure tenure
+	used   usage
 
 	keyAge atomic.Uint64 // how often Reprime was called
 

@@ -155,7 +155,10 @@ func (j *job) unopened(it *volume.Item, w *view, err error) {
 // lookBlocks checks mark, end and, if that was asked for, every block. It owns s.
 func (j *job) lookBlocks(ctx context.Context, it *volume.Item, b *volume.Stored, s *crypt.Secrets, w *view) error {
 	mark, err := b.SparseMark()
-	marked := err == nil && s.IsSparseMark(mark)
+	marked := false
+	if err == nil {
+		marked, err = s.IsSparseMark(mark)
+	}
 	switch {
 	case err != nil:
 		w.add(j.judge(it, SparseMark, err))

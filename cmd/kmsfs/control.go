@@ -28,6 +28,8 @@ import (
 //	{"op":"status"}   who serves what
 //	{"op":"reload"}   read kmsfs.toml again and adopt its keys, if they may be trusted;
 //	                  "leaving" are keys under which no new files may be made
+//	{"op":"lock"}     wipe every data key and refuse all until unlock; answered when done
+//	{"op":"unlock"}   undo that
 //	{"op":"moves"}    the first on a connection: note what is renamed and linked from
 //	                  now on, until the connection ends; each further one: tell it
 //
@@ -49,6 +51,7 @@ type controlReply struct {
 	Dir        string   `json:"dir,omitempty"`
 	Mountpoint string   `json:"mountpoint,omitempty"`
 	Keys       []string `json:"keys,omitempty"`
+	leaseStatus
 
 	// Of moves; whether some are missing; whether more are to be asked for.
 	Moves []controlMove `json:"moves,omitempty"`
@@ -101,6 +104,9 @@ func (m *mounting) answer(ctx context.Context, r controlRequest) controlReply {
 	reply := controlReply{OK: true, PID: os.Getpid(), Volume: m.v.ID().String(), Dir: m.dir, Mountpoint: m.point, Keys: m.ring.Trusted()}
 	switch r.Op {
 	case "status":
+		reply.leaseStatus = m.leases()
+	case "lock", "unlock":
+		return m.lock(ctx, r.Op == "lock")
 	case "moves":
 		return r.talk.moves(m.server)
 	case "reload":

@@ -270,6 +270,11 @@ func TestControl(t *testing.T) {
 	defer conn.Close()
 	reply, err := request(t.Context(), conn, controlRequest{Op: "status"}, controlIdle)
 	require.NoError(t, err)
+	live := reply.leaseStatus
+	require.Len(t, live.Leases, 1)
+	require.Equal(t, "valid", live.Leases[0].State)
+	require.Equal(t, []float64{60, 900}, []float64{live.Lease, live.Grace})
+	reply.leaseStatus = leaseStatus{}
 	require.Equal(t, controlReply{OK: true, PID: int(peer.Pid), Volume: v.ID().String(), Dir: dir, Mountpoint: point, Keys: []string{"local:default"}}, reply)
 	_, err = request(t.Context(), conn, controlRequest{Op: "reload"}, controlIdle)
 	require.NoError(t, err)

@@ -121,6 +121,8 @@ type throttleState struct {
 type throttleKey struct {
 	key  string
 	kind keys.Kind
+	// lease: it is about all files under the key, not about one request.
+	lease bool
 }
 
 type throttleEntry struct {
@@ -140,7 +142,7 @@ func (t *throttle) Handle(ctx context.Context, r slog.Record) error {
 	if e == nil {
 		return t.Handler.Handle(ctx, r)
 	}
-	skipped, show := t.seen.admit(throttleKey{e.Key, e.Kind})
+	skipped, show := t.seen.admit(throttleKey{e.Key, e.Kind, aboutLease(r)})
 	if !show {
 		return nil
 	}
@@ -183,6 +185,17 @@ func keyErrorOf(r slog.Record) (found *keys.Error) {
 		return found == nil
 	})
 	return found
+}
+
+// aboutLease reports whether a record tells that a lease has ended, or may.
+func aboutLease(r slog.Record) (is bool) {
+	r.Attrs(func(a slog.Attr) bool {
+		var ended *keys.LeaseError
+		err, isError := a.Value.Any().(error)
+		is = is || a.Key == "lease" || isError && errors.As(err, &ended)
+		return !is
+	})
+	return is
 }
 
 // WithAttrs implements slog.Handler.

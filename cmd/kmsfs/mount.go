@@ -37,9 +37,16 @@ is new to this client kmsfs shows the keys and asks; without a terminal it wants
 is taken silently only if it is in the account of a known one and opens the same
 volume key; --accept-key trusts any other.
 
+Disabling a KMS key closes the files under it, open ones and what the kernel has
+cached of them too. That is noticed within --lease while KMS answers, and within
+--lease and --grace together while it does not; enabling the key opens them again,
+without a new mount. A program's writes after that moment are lost, and fsync or close
+tell it so. "kmsfs lock" closes all files at once.
+
 Mount options (-o): ro, rw, allow_other, suid, dev (root only), nonempty, debug,
-writeback=on|off, attr_timeout=DURATION, entry_timeout=DURATION,
-kms_deadline=DURATION, create_wait=DURATION, cache_age=DURATION, cache_keys=N,
+writeback=on|off, lease=DURATION, grace=DURATION, idle_unmount=DURATION,
+attr_timeout=DURATION, entry_timeout=DURATION, kms_deadline=DURATION,
+create_wait=DURATION, cache_age=DURATION, cache_keys=N,
 pool=N, noexec, noatime. Each stands in the configuration file too.` + statuses(0, 1, 2, 3, 4, 6),
 		Args: exactly(2, "DIR and MOUNTPOINT"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -170,8 +177,10 @@ func (m *mounting) reload(ctx context.Context) ([]string, error) {
 	if err := m.prove(ctx, m.v, m.provider, d); err != nil {
 		return nil, err
 	}
+	m.ring.SetVolumeKey(m.v.Header())
 	m.ring.SetTrusted(d.Trusted)
 	if m.server != nil {
+		m.server.Regovern()
 		// Files opened empty hold keys under what was first before.
 		if err := m.server.Reprime(ctx); err != nil {
 			return nil, fmt.Errorf("exchanging the fresh keys of open files: %w", err)
@@ -196,6 +205,7 @@ func (m *mounting) mounted() (err error) {
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	signal.Ignore(syscall.SIGHUP) // a closed terminal is no reason to unmount
 	defer signal.Stop(signals)
+	m.ring.KeepLeases(keys.LeaseOptions{Interval: time.Duration(m.cfg.Mount.Lease), Grace: time.Duration(m.cfg.Mount.Grace), Changed: m.leaseChanged}, m.v.Header())
 	if m.server, err = fs.Mount(m.options()); err != nil {
 		return &failure{status: exitMount, err: err, next: mountAdvice(err)}
 	}
@@ -215,6 +225,9 @@ func (m *mounting) mounted() (err error) {
 	m.log.Info("mounted", "volume", m.v.ID().String(), "dir", m.dir, "mountpoint", m.point, "keys", m.ring.Trusted())
 	done := make(chan struct{})
 	go m.unmountOn(signals, done)
+	if limit := time.Duration(m.cfg.Mount.IdleUnmount); limit > 0 {
+		go m.unmountIdle(limit, done)
+	}
 	m.server.Wait()
 	close(done)
 	m.log.Info("unmounted", "mountpoint", m.point)

@@ -17,6 +17,7 @@ type mountFlags struct {
 	foreground, readOnly, allowOther, acceptNew bool
 	keys, accept, options                       []string
 	logFile                                     string
+	lease, grace, idleUnmount                   time.Duration
 }
 
 func (f *mountFlags) register(cmd *cobra.Command) {
@@ -28,6 +29,9 @@ func (f *mountFlags) register(cmd *cobra.Command) {
 	fl.BoolVar(&f.acceptNew, "accept-new", false, "trust the keys of a volume that is new to this client, without asking")
 	fl.StringArrayVar(&f.accept, "accept-key", nil, "trust `KEY` although it is new in the volume's list; may be repeated")
 	fl.StringArrayVarP(&f.options, "options", "o", nil, "mount `OPTS`, separated by commas (see above)")
+	fl.DurationVar(&f.lease, "lease", 0, "ask KMS every `DURATION` whether data keys may still be used (default 1m)")
+	fl.DurationVar(&f.grace, "grace", 0, "go on for `DURATION` while KMS does not answer (default 15m; 0: not at all)")
+	fl.DurationVar(&f.idleUnmount, "idle-unmount", 0, "unmount when nothing was open or used for `DURATION`")
 	fl.StringVar(&f.logFile, "log-file", "", "log of a mount in the background, in place of syslog: `FILE`")
 }
 
@@ -42,6 +46,18 @@ func (f *mountFlags) fill(cmd *cobra.Command, c *config.Config) error {
 	set("read-only", &c.Mount.ReadOnly, f.readOnly)
 	set("allow-other", &c.Mount.AllowOther, f.allowOther)
 	set("accept-new", &c.Mount.AcceptNew, f.acceptNew)
+	for name, d := range map[string]struct {
+		to    *config.Duration
+		value time.Duration
+	}{"lease": {&c.Mount.Lease, f.lease}, "grace": {&c.Mount.Grace, f.grace}, "idle-unmount": {&c.Mount.IdleUnmount, f.idleUnmount}} {
+		if !cmd.Flags().Changed(name) {
+			continue
+		}
+		if d.value < 0 || d.value == 0 && name == "lease" {
+			return usage("--%s wants a duration such as 60s, not %v", name, d.value)
+		}
+		*d.to = config.Duration(d.value)
+	}
 	if cmd.Flags().Changed("log-file") {
 		c.Mount.LogFile = f.logFile
 	}
@@ -99,13 +115,14 @@ func mountOption(c *config.Config, option string) error {
 func valueOption(c *config.Config, name, value string) error {
 	durations := map[string]*config.Duration{
 		"attr_timeout": &c.Mount.AttrTimeout, "entry_timeout": &c.Mount.EntryTimeout,
+		"lease": &c.Mount.Lease, "grace": &c.Mount.Grace, "idle_unmount": &c.Mount.IdleUnmount,
 		"kms_deadline": &c.KMS.Deadline, "create_wait": &c.KMS.CreateWait, "cache_age": &c.KMS.CacheAge,
 	}
 	counts := map[string]*int{"cache_keys": &c.KMS.CacheKeys, "pool": &c.KMS.Pool}
 	switch {
 	case durations[name] != nil:
 		d, err := time.ParseDuration(value)
-		if err != nil || d <= 0 {
+		if err != nil || d < 0 || d == 0 && name != "grace" && name != "idle_unmount" {
 			return usage("mount option %s wants a duration such as 10s, not %q", name, value)
 		}
 		*durations[name] = config.Duration(d)

@@ -71,7 +71,8 @@ key, the ARN of an alias (resolved once), or local:NAME.` + statuses(0, 1, 2, 3,
 		},
 	}
 	root.PersistentFlags().StringVar(&p.configFile, "config", "", "read this `FILE` after the usual configuration files")
-	root.AddCommand(p.initCommand(), p.mountCommand(), p.umountCommand(), p.inspectCommand(),
+	root.AddCommand(p.initCommand(), p.mountCommand(), p.umountCommand(), p.lockCommand(), p.unlockCommand(),
+		p.inspectCommand(),
 		p.keyCommand(), p.rekeyCommand(), p.statusCommand(), p.fsckCommand(), p.headersCommand(), p.versionCommand())
 	return root
 }

@@ -26,7 +26,8 @@ func (p *program) statusCommand() *cobra.Command {
 keys it lists, and how many files have a copy of their data key under each key;
 then the files with contents that no header of this volume stands for. Paths are
 those in DIR. No key is needed and no service is asked: it is what the headers say,
-and "kmsfs rekey --verify" proves it.
+and "kmsfs rekey --verify" proves it. Of a live mount it shows the leases as well, if
+its control socket can be reached: valid, grace (KMS does not answer) or revoked.
 
 To cut off the volume, disable every key that is shown, and every replica of it.` + statuses(0, 1, 2, 6),
 		Args: exactly(1, "DIR"),
@@ -48,6 +49,7 @@ type volumeReport struct {
 	Names     string          `json:"names"`
 	BlockSize int             `json:"block_size"`
 	Mounted   *volume.Holder  `json:"mounted,omitempty"`
+	Live      *leaseStatus    `json:"live,omitempty"` // what the mount says, if it can be asked
 	Keys      []keyReport     `json:"keys"`
 	Files     int             `json:"files"`
 	Empty     int             `json:"empty"`
@@ -92,7 +94,7 @@ func (p *program) volumeStatus(ctx context.Context, dir string, asJSON bool) err
 		return err
 	}
 	s := v.Settings()
-	r := volumeReport{Dir: dir, Volume: s.ID.String(), Format: s.Format, Names: string(s.Names), BlockSize: s.BlockSize, Mounted: holder,
+	r := volumeReport{Dir: dir, Volume: s.ID.String(), Format: s.Format, Names: string(s.Names), BlockSize: s.BlockSize, Mounted: holder, Live: liveLeases(ctx, s.ID.String(), holder),
 		Keys: keyReports(s.Keys, retired, census), Files: census.Files, Empty: census.Empty, NoHeader: census.Bad}
 	for _, q := range problems {
 		r.Problems = append(r.Problems, problemReport{q.Path, sentence(q.Err)})
@@ -138,8 +140,11 @@ func (p *program) showStatus(r volumeReport) {
 	if r.Mounted != nil {
 		p.say("  in use by process %d on %s (%s)", r.Mounted.PID, r.Mounted.Host, r.Mounted.Owner)
 	}
+	if r.Live != nil && r.Live.Locked {
+		p.say("  LOCKED by \"kmsfs lock\"")
+	}
 	for _, k := range r.Keys {
-		p.say("  %s: %d headers%s", k.Key, k.Headers, k.notes())
+		p.say("  %s: %d headers%s%s", k.Key, k.Headers, k.notes(), r.Live.notes(k.Key))
 	}
 	p.say("  files with contents: %d, of which without a valid header: %d; empty files: %d", r.Files, r.NoHeader, r.Empty)
 	for _, q := range r.Problems {
