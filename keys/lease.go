@@ -205,7 +205,7 @@ func (l *lease) age(o *LeaseOptions, now time.Time) (changed bool) {
 	asked := l.err != nil || l.checking && elapsed(now, l.asked) >= o.Interval/10
 	e := l.err
 	if e == nil {
-		e = newError(KindTimeout, opDecrypt, l.key, errors.New("its lease could not be renewed in time"))
+		e = l.silence()
 	}
 	if asked && silence >= o.Interval+o.Grace {
 		return l.revoke(now, e, true)
@@ -215,6 +215,11 @@ func (l *lease) age(o *LeaseOptions, now time.Time) (changed bool) {
 		l.state, changed = LeaseGrace, true
 	}
 	return changed
+}
+
+// silence is what is wrong while a check has no outcome yet.
+func (l *lease) silence() *Error {
+	return newError(KindTimeout, opDecrypt, l.key, errors.New("its lease could not be renewed in time"))
 }
 
 // wait is how long nothing is to be done about it.
@@ -241,6 +246,8 @@ func (l *lease) view(o *LeaseOptions) Lease {
 		v.Err = &LeaseError{l.key, l.err}
 	case l.err != nil:
 		v.Err = l.err
+	case l.state == LeaseGrace:
+		v.Err = l.silence()
 	}
 	if !l.idle && l.state != LeaseRevoked {
 		v.Until = l.confirmed.Add(o.Interval + o.Grace)

@@ -137,13 +137,15 @@ func (j *job) steps(ctx context.Context, r *Report, sync *volume.Syncer) error {
 			return err
 		}
 		r.Retired = j.old
-		if err := j.announce(ctx); err != nil {
-			return err
-		}
 	case Add:
 		if err := j.added(); err != nil {
 			return err
 		}
+	}
+	// Also if no key left: a live mount has to learn under which keys its open files
+	// are now, for these decide when they are closed.
+	if err := j.announce(ctx); err != nil {
+		return err
 	}
 	r.Done = true
 	return nil
