@@ -164,7 +164,9 @@ func Survey(ctx context.Context, v *volume.Volume, jobs int, event func(Event)) 
 			f.out = Already
 		}
 		t.add(it, f.out, f.err, f.h, f.again)
-		j.emit(Event{Kind: "file", Path: it.Path(), Outcome: f.out, Err: f.err, Pass: 1})
+		if j.o.Event != nil {
+			j.emit(Event{Kind: "file", Path: it.Path(), Outcome: f.out, Err: f.err, Pass: 1})
+		}
 		return nil
 	})
 	return t.now, t.problems, err

@@ -92,13 +92,13 @@ func (v *vault) Rewrap(_ context.Context, h *crypt.Header, from, to string) (cry
 
 // A stage is a volume on disk with files under known keys.
 type stage struct {
-	t     *testing.T
+	t     testing.TB
 	dir   string
 	vault *vault
 	id    crypt.VolumeID
 }
 
-func newStage(t *testing.T, keys ...string) *stage {
+func newStage(t testing.TB, keys ...string) *stage {
 	t.Helper()
 	s := &stage{t: t, dir: filepath.Join(t.TempDir(), "vol"), vault: newVault()}
 	_, err := rand.Read(s.id[:])
