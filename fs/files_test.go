@@ -661,7 +661,9 @@ func TestWritersLeaveTogether(t *testing.T) {
 // getting keys and for letting go. Who has a file open already may open it again.
 func TestTooManyOpenFiles(t *testing.T) {
 	w := newWorld(t)
+	w.srv.fs.files.mu.Lock()
 	w.srv.fs.files.max = 5
+	w.srv.fs.files.mu.Unlock()
 	w.write("open", []byte("x"))
 	var files []*os.File
 	for i := range 5 {

@@ -10,7 +10,7 @@ import (
 type fileTable struct {
 	mu   sync.Mutex
 	byID map[fileID]*file // guarded by mu
-	max  int              // files with descriptors; set before the first request
+	max  int              // guarded by mu; files with descriptors
 }
 
 // room refuses another file when there are too many: the descriptors that are left

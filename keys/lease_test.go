@@ -249,7 +249,7 @@ func TestDenials(t *testing.T) {
 			require.ErrorIs(t, err, crypt.ErrKeyDisabled)
 			require.Zero(t, l.calls(arnA))
 			require.ErrorIs(t, open(t, l.ring, l.h), kind.Sentinel(), "an open asks, and has its own answer")
-			require.Equal(t, 1, l.calls(arnA))
+			require.Contains(t, []int{1, 2}, l.calls(arnA), "its own call, and the check of the lease that its answer may set off")
 		}, arnA)
 	}
 }
