@@ -3,7 +3,7 @@ SHELL := /bin/bash
 export CGO_ENABLED ?= 1
 SIZES ?= 10000,200000
 
-.PHONY: help setup build test whole short fips fuzz race lint demo bench-rekey rekey-kills clean
+.PHONY: help setup build test whole short fips fuzz race lint posix apps demo bench-rekey rekey-kills clean
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,12 @@ bench-rekey: setup ## headers a second and peak memory of a rekey, beside a mini
 
 rekey-kills: setup ## kill -9 a rekey KILLS (100) times among FILES (20000) files, on KEYS (local or kmstest) keys
 	KMSFS_TEST_KILLS=$(or $(KILLS),100) KMSFS_TEST_FILES=$(or $(FILES),20000) KMSFS_TEST_KEYS=$(or $(KEYS),local) go test -count=1 -timeout 180m -v -run TestRekeyKilledAnywhere ./integration
+
+posix: setup ## POSIX suites on mounts, at length, then counts side by side with other file systems (PJDFSTEST=DIR of a built pjdfstest)
+	scripts/setup.sh posix && go test -count=1 -timeout 60m ./integration/posix -exercise 30000 && go run ./integration/sidebyside
+
+apps: setup ## PostgreSQL, SQLite, git, a parallel build, rsync, stress-ng on a mount, at length
+	go test -count=1 -timeout 60m ./integration/apps -apps.time 60s && go test -count=1 -run 'TestGit|TestSQLite|TestRsync|TestTar|TestSed|TestSparse|TestDd' ./integration
 
 demo: ## the whole main job on a real tree with a local key; leaves nothing behind
 	@scripts/demo.sh
