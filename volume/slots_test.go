@@ -2,8 +2,12 @@ package volume
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
+	"hash/crc32"
 	"os"
+	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -386,4 +390,52 @@ func TestSlotsAreBounded(t *testing.T) {
 	wg.Wait()
 	held[0].Free()
 	require.NotNil(t, s.Take(Inode{}, most, false))
+}
+
+// docTable are the rows of a table in docs/FORMAT.md: offset, bytes, what.
+func docTable(t *testing.T, header string) (rows [][3]string) {
+	t.Helper()
+	raw, err := os.ReadFile("../docs/FORMAT.md")
+	require.NoError(t, err)
+	_, rest, ok := strings.Cut(string(raw), "\n"+header+"\n|---|---|---|\n")
+	require.True(t, ok, "docs/FORMAT.md has no table %q", header)
+	for line := range strings.Lines(rest) {
+		cells := strings.Split(strings.Trim(line, "|\n"), "|")
+		if len(cells) != 3 {
+			break
+		}
+		rows = append(rows, [3]string{strings.TrimSpace(cells[0]), strings.TrimSpace(cells[1]), strings.TrimSpace(cells[2])})
+	}
+	return rows
+}
+
+// TestDocumentedSlots writes a head and an entry as the document says.
+func TestDocumentedSlots(t *testing.T) {
+	build := func(header string, values []any) []byte {
+		var b []byte
+		for i, row := range docTable(t, header) {
+			require.Equal(t, strconv.Itoa(len(b)), row[0], row[2])
+			size, err := strconv.Atoi(row[1])
+			require.NoError(t, err)
+			field := make([]byte, size)
+			_, err = binary.Encode(field, binary.LittleEndian, values[i])
+			require.NoError(t, err, row[2])
+			b = append(b, field...)
+		}
+		return b
+	}
+	boot := []byte("01234567-89ab-cdef-0123-456789abcdef")
+	id := crypt.VolumeID{7}
+	p := slotPlan{boot: string(boot), volume: id, session: "SESSION", small: 1, large: 2, smallSize: 3, largeSize: 4}
+	require.Equal(t, build("| offset | bytes | head |", []any{
+		[]byte(slotMagic), uint32(slotVersion), uint32(1), uint32(2), uint32(3), uint32(4), id[:], boot, []byte("SESSION"),
+	}), p.head())
+
+	entry := make([]byte, slotEntry)
+	file := crypt.FileID{9}
+	flight{11, Inode{12, 13, 14}, crypt.Flight{File: file, Off: 15, Len: 16, Ends: true}}.encode(entry)
+	sum := crc32.Checksum(entry[8:], crc32.MakeTable(crc32.Castagnoli))
+	require.Equal(t, build("| offset | bytes | entry |", []any{
+		uint32(0), sum, uint64(11), uint64(12), uint64(13), int64(14), int64(15), int64(16), file[:], byte(1), []byte{},
+	}), entry)
 }
