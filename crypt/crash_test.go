@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"slices"
+	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -38,7 +39,7 @@ type op struct {
 }
 
 // recorder is a memBacking that keeps a record. slots and inner are how many slots
-// there are, for those who don't wait and for those who do.
+// there are, for those who don't wait and for those who do; one is for mending.
 type recorder struct {
 	*memBacking
 	ops          []op
@@ -51,8 +52,9 @@ func newRecorder(slots, inner int) *recorder {
 }
 
 func (r *recorder) WriteAt(p []byte, off int64) (int, error) {
-	r.ops = append(r.ops, op{kind: opWrite, off: off, data: bytes.Clone(p)})
-	return r.memBacking.WriteAt(p, off)
+	n, err := r.memBacking.WriteAt(p, off)
+	r.ops = append(r.ops, op{kind: opWrite, off: off, data: bytes.Clone(p[:n])})
+	return n, err
 }
 
 func (r *recorder) Truncate(n int64) error {
@@ -80,11 +82,12 @@ func (r *recorder) PunchHole(off, n int64) error {
 	return r.memBacking.PunchHole(off, n)
 }
 
-func (r *recorder) TakeSlot(n int64, wait bool) Slot {
-	first, last := 0, r.slots
-	if wait {
-		first, last = r.slots, r.slots+r.inner
+func (r *recorder) TakeSlot(n int64, use SlotUse) Slot {
+	if r.slots+r.inner == 0 {
+		return nil
 	}
+	at := [...]int{0, r.slots, r.slots + r.inner, r.slots + r.inner + 1}
+	first, last := at[use], at[use+1]
 	for i := first; i < last; i++ {
 		if !r.taken[i] {
 			r.taken[i] = true
@@ -437,6 +440,70 @@ func TestKilledAnywhere(t *testing.T) {
 				require.NotZero(t, torn, "the crashes that are played tear nothing")
 			}
 		})
+	}
+}
+
+// TestKilledOnAFullDisk: a write that has no room is undone. Whoever is killed before
+// that is done leaves the write, its undoing, or what was before; no old byte is lost.
+func TestKilledOnAFullDisk(t *testing.T) {
+	for _, slots := range []int{0, 2} { // no slot is free, or one is
+		for _, full := range []struct {
+			name string
+			off  int64
+			n    int
+		}{
+			{"append", 2*bs + 100, 3 * bs},
+			{"append to a block", 2*bs + 100, 200},
+			{"behind a gap", 4*bs + 5, bs},
+			{"whole blocks", bs, 4 * bs},
+		} {
+			for room := range 5 {
+				r := newRecorder(slots, 1)
+				s := newStory(t, r)
+				s.write(0, 2*bs+100)
+				s.sync()
+				r.room = 10 + room*1100
+				s.do(full.off, full.off+int64(full.n), false, func() error {
+					_, err := s.f.WriteAt(pattern(full.n, 3), full.off)
+					if room == 0 || full.n > 200 {
+						require.ErrorIs(t, err, syscall.ENOSPC, full.name)
+					}
+					return nil
+				}, func(b []byte) []byte {
+					for int64(len(b)) < full.off+int64(full.n) {
+						b = append(b, 0)
+					}
+					copy(b[full.off:], pattern(full.n, 3))
+					return b
+				})
+				s.steps = append(s.steps, step{start: len(r.ops), end: len(r.ops), contents: s.steps[1].contents})
+				s.killsWhileFull(full.name)
+			}
+		}
+	}
+}
+
+// killsWhileFull plays kill -9 with a disk as full as it was.
+func (s *story) killsWhileFull(name string) {
+	s.t.Helper()
+	st := s.steps[len(s.steps)-2]
+	for k := st.start; k <= len(s.r.ops); k++ {
+		disk, inFlight := newMem(), []op{}
+		for _, o := range s.r.ops[:k] {
+			switch o.kind {
+			case opBegin:
+				inFlight = append(inFlight, o)
+			case opEnd:
+				inFlight = slices.DeleteFunc(inFlight, func(b op) bool { return b.slot == o.slot })
+			}
+			disk.apply(o)
+		}
+		for _, o := range inFlight {
+			require.NoError(s.t, o.flight.Replay(disk, bs, o.data))
+		}
+		s.judge(crash{fmt.Sprintf("%s, killed after %d", name, k), disk, [][]byte{s.steps[1].contents, st.contents}, func(block int64) bool {
+			return name == "behind a gap" && block == 3
+		}})
 	}
 }
 

@@ -101,7 +101,7 @@ func (f *File) replaceTail(tail []byte, block, stored int64) error {
 	}
 	if err != nil {
 		buf.land() // else the cut would be finished behind the old record
-		_ = f.mend(before, block, false)
+		_ = f.mend(&buf, before, block, false)
 	}
 	return err
 }

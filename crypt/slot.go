@@ -11,11 +11,24 @@ import (
 // there until the backing file has them; whoever comes next finishes the write
 // (Flight.Replay). Only ciphertext ever lies in a slot.
 type SlotKeeper interface {
-	// TakeSlot takes a slot of at least n bytes, nil if there is none. Who waits for
-	// one holds no other, and waits for nothing but the backing store until it is
-	// freed: so slots can't deadlock, whatever locks are held.
-	TakeSlot(n int64, wait bool) Slot
+	// TakeSlot takes a slot of at least n bytes, nil if there is none.
+	TakeSlot(n int64, use SlotUse) Slot
 }
+
+// A SlotUse says what a slot is for. Slots are kept apart by it, so that whoever waits
+// for one waits for those only who go on to wait for a later use, or for the backing
+// store: slots can't deadlock, whatever locks are held.
+type SlotUse int
+
+const (
+	// SlotTry is taken before any lock, and not waited for.
+	SlotTry SlotUse = iota
+	// SlotWrite is waited for by who holds no other, and the locks of the write.
+	SlotWrite
+	// SlotMend is waited for by who has one for a write that failed.
+	SlotMend
+	SlotUses = int(SlotMend) + 1
+)
 
 // A Slot is one such piece of memory, its taker's until Free.
 type Slot interface {
@@ -77,7 +90,7 @@ type buffer struct {
 // getBuffer returns a buffer of n bytes, of any content; give it back with free.
 func (f *File) getBuffer(n int64) buffer {
 	if f.keeper != nil {
-		if s := f.keeper.TakeSlot(n, false); s != nil {
+		if s := f.keeper.TakeSlot(n, SlotTry); s != nil {
 			return buffer{b: s.Bytes()[:n], slot: s}
 		}
 	}
@@ -118,7 +131,7 @@ func (f *File) launch(buf *buffer, n, block int64, ends bool) {
 		return
 	}
 	if buf.slot == nil {
-		if buf.slot = f.keeper.TakeSlot(n, true); buf.slot == nil {
+		if buf.slot = f.keeper.TakeSlot(n, SlotWrite); buf.slot == nil {
 			return
 		}
 		copy(buf.slot.Bytes(), buf.b[:n])
@@ -154,13 +167,18 @@ func (f *File) putCopy(records []byte, block int64) error {
 	return err
 }
 
-// mend puts a record back that a failed write tore, whose slot is held: so for this
-// one nobody waits. With ends set the file ends behind it.
-func (f *File) mend(record []byte, block int64, ends bool) error {
-	buf := f.copyBuffer(record)
+// mend puts a record back that a failed write tore, whose slot is still in flight and
+// lands before this one: finished alone it would undo the mending. With ends set the
+// file ends behind the record.
+func (f *File) mend(failed *buffer, record []byte, block int64, ends bool) error {
+	var buf buffer
 	defer buf.free()
-	if buf.slot != nil {
-		f.launch(&buf, int64(len(record)), block, ends)
+	defer failed.land()
+	if f.keeper != nil {
+		if buf.slot = f.keeper.TakeSlot(int64(len(record)), SlotMend); buf.slot != nil {
+			copy(buf.slot.Bytes(), record)
+			f.launch(&buf, int64(len(record)), block, ends)
+		}
 	}
 	if ends {
 		if err := f.b.Truncate(f.l.offset(block) + int64(len(record))); err != nil {

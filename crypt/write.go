@@ -141,7 +141,7 @@ func (f *File) repairTorn(w *write, n, size int64) {
 		return
 	}
 	if f.isTail(block, size) {
-		_ = f.mend(f.tail, block, false)
+		_ = f.mend(&w.buf, f.tail, block, false)
 		return
 	}
 	rest := make([]byte, f.l.record-done)
@@ -168,7 +168,7 @@ func (f *File) extend(w *write, size int64) error {
 		if w.first+int64(n)/f.l.record < f.l.tail(size) {
 			f.repairTorn(w, int64(n), size)
 		}
-		return f.putBack(size, err)
+		return f.putBack(&w.buf, size, err)
 	}
 	if gap := f.l.tail(size + f.l.block - 1); gap < w.first {
 		f.pending.add(gap, w.first)
@@ -202,19 +202,19 @@ func (f *File) padTail(w *write, size int64) error {
 	records := r.seal(buf.b[:0], tail, *plain)
 	records = r.seal(records, tail+1, nil)
 	if _, err = f.put(&buf, len(records), tail); err != nil {
-		return f.putBack(size, err)
+		return f.putBack(&buf, size, err)
 	}
 	return nil
 }
 
 // putBack restores the old end after a failed growth, and returns why it
 // failed. If even that fails, the end is bad.
-func (f *File) putBack(size int64, cause error) error {
+func (f *File) putBack(failed *buffer, size int64, cause error) error {
 	var err error
 	if size == 0 {
 		err = f.b.Truncate(0)
 	} else {
-		err = f.mend(f.tail, f.l.tail(size), true)
+		err = f.mend(failed, f.tail, f.l.tail(size), true)
 	}
 	if err != nil {
 		f.setBad(fmt.Errorf("the end could not be put back after a failed write (%v): %w", err, ErrDamaged))

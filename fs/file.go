@@ -246,9 +246,9 @@ var _ crypt.Backing = (*store)(nil)
 
 var _ crypt.SlotKeeper = (*store)(nil)
 
-func (s *store) TakeSlot(n int64, wait bool) crypt.Slot {
+func (s *store) TakeSlot(n int64, use crypt.SlotUse) crypt.Slot {
 	id := s.f.id
-	return s.f.fs.opts.Slots.Take(volume.Inode{Dev: id.dev, Ino: id.ino, Born: id.born}, n, wait)
+	return s.f.fs.opts.Slots.Take(volume.Inode{Dev: id.dev, Ino: id.ino, Born: id.born}, n, use)
 }
 
 func (s *store) ReadAt(p []byte, off int64) (int, error) { return s.cur.Load().ReadAt(p, off) }

@@ -224,6 +224,8 @@ func (w *world) mount() {
 	require.NoError(w.t, v.Unlock(secrets))
 	w.vol = v
 	o := w.opts
+	o.Slots, err = v.OpenSlots(volume.SlotDir)
+	require.NoError(w.t, err)
 	o.Volume, o.Mountpoint = v, w.mnt
 	if o.Keys == nil {
 		o.Keys = w.keys
@@ -250,6 +252,7 @@ func (w *world) unmount() {
 	require.NoError(w.t, w.srv.Unmount())
 	require.Zero(w.t, w.srv.fs.files.len(), "files still open after unmount")
 	require.Zero(w.t, w.srv.fs.orphans.len(), "descriptors kept after unmount")
+	require.NoError(w.t, w.srv.fs.opts.Slots.Close(), "slots")
 	require.NoError(w.t, w.vol.Close())
 	w.srv = nil
 }

@@ -35,13 +35,14 @@ const (
 	slotPage    = 4096
 )
 
-// How many slots there are: small ones for a block or two, large ones for whatever
-// one write carries, more of these on larger machines. Some of both are kept for those
-// who wait (crypt.SlotKeeper), who hold locks.
+// How many slots there are for each use (crypt.SlotUse): small ones for a block or two,
+// large ones for whatever one write carries, more of these on larger machines.
 const (
-	smallSlots, smallWaiting = 32, 8
-	largeSlots, largeWaiting = 6, 2
-	largeMost                = 32
+	smallTry, smallWrite, smallMend = 32, 7, 1
+	largeTry, largeWrite, largeMend = 6, 2, 1
+	largeMost                       = 32 // to try
+
+	smallSlots = smallTry + smallWrite + smallMend
 )
 
 const (
@@ -66,10 +67,10 @@ type slotPlan struct {
 }
 
 func newSlotPlan(v *Volume) slotPlan {
-	large := min(max(largeSlots, 2*runtime.NumCPU()), largeMost) + largeWaiting
+	large := min(max(largeTry, 2*runtime.NumCPU()), largeMost) + largeWrite + largeMend
 	pages := func(n int64) uint32 { return uint32((n + slotPage - 1) / slotPage * slotPage) }
 	return slotPlan{
-		boot: bootID(), volume: v.ID(), session: v.lock.session, small: smallSlots + smallWaiting, large: uint32(large),
+		boot: bootID(), volume: v.ID(), session: v.lock.session, small: smallSlots, large: uint32(large),
 		smallSize: pages(2 * (crypt.MinBlockSize + crypt.RecordOverhead)), largeSize: pages(crypt.SlotSize(v.BlockSize())),
 	}
 }
@@ -97,7 +98,7 @@ func parseSlotPlan(b []byte, v *Volume) (slotPlan, error) {
 	if len(b) >= slotHead {
 		p.large = binary.LittleEndian.Uint32(b[16:]) // the number of CPUs may have changed
 	}
-	if p.large > largeMost+largeWaiting || len(b) < slotHead || !bytes.Equal(p.head(), b[:slotHead]) {
+	if p.large > largeMost+largeWrite+largeMend || len(b) < slotHead || !bytes.Equal(p.head(), b[:slotHead]) {
 		return p, errors.New("it is of another version, volume, boot or session")
 	}
 	return p, nil
@@ -125,7 +126,7 @@ type Slots struct {
 	mem   []byte
 	small int64 // bytes that a small slot holds
 	seq   atomic.Uint64
-	pools [4]slotPool // small, large; then those for who waits
+	pools [2][crypt.SlotUses]slotPool // small, large
 }
 
 type slotPool struct {
@@ -209,41 +210,44 @@ func (s *Slots) prepare(p *slotPlan) error {
 
 func (s *Slots) carve(p *slotPlan) {
 	for i := range s.pools {
-		s.pools[i].some.L = &s.pools[i].mu
+		for use := range s.pools[i] {
+			s.pools[i][use].some.L = &s.pools[i][use].mu
+		}
 	}
 	for i := range p.count() {
 		off, size := p.data(i)
-		pool := &s.pools[poolOf(p, i)]
+		kind, use := p.purpose(i)
+		pool := &s.pools[kind][use]
 		entry := s.mem[slotHead+i*slotEntry:][:slotEntry:slotEntry]
 		pool.free = append(pool.free, &slot{of: s, pool: pool, entry: entry, data: s.mem[off:][:size:size]})
 	}
 }
 
-func poolOf(p *slotPlan, i int) int {
-	switch small, large := int(p.small), int(p.count()); {
-	case i < small-smallWaiting:
-		return 0
-	case i < small:
-		return 2
-	case i < large-largeWaiting:
-		return 1
+// purpose says what slot i is for.
+func (p *slotPlan) purpose(i int) (kind int, use crypt.SlotUse) {
+	write, mend, left := smallWrite, smallMend, int(p.small)-i
+	if left <= 0 {
+		kind, write, mend, left = 1, largeWrite, largeMend, p.count()-i
 	}
-	return 3
+	switch {
+	case left <= mend:
+		use = crypt.SlotMend
+	case left <= mend+write:
+		use = crypt.SlotWrite
+	}
+	return kind, use
 }
 
 // Take is crypt.SlotKeeper's TakeSlot for one file.
-func (s *Slots) Take(inode Inode, n int64, wait bool) crypt.Slot {
+func (s *Slots) Take(inode Inode, n int64, use crypt.SlotUse) crypt.Slot {
 	if s == nil {
 		return nil
 	}
-	i := 0
+	kind := 0
 	if n > s.small {
-		i = 1
+		kind = 1
 	}
-	if wait {
-		i += 2
-	}
-	got := s.pools[i].take(wait)
+	got := s.pools[kind][use].take(use != crypt.SlotTry)
 	if got == nil {
 		return nil
 	}

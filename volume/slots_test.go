@@ -38,7 +38,9 @@ type killable struct {
 	left  int64 // bytes until death; <0: none is near
 }
 
-func (k *killable) TakeSlot(n int64, wait bool) crypt.Slot { return k.slots.Take(k.inode, n, wait) }
+func (k *killable) TakeSlot(n int64, use crypt.SlotUse) crypt.Slot {
+	return k.slots.Take(k.inode, n, use)
+}
 
 func (k *killable) WriteAt(p []byte, off int64) (int, error) {
 	if k.left < 0 || int64(len(p)) <= k.left {
@@ -364,7 +366,7 @@ func TestSlotsAreBounded(t *testing.T) {
 	var held []crypt.Slot
 	seen := map[*byte]bool{}
 	for {
-		got := s.Take(Inode{}, most, false)
+		got := s.Take(Inode{}, most, crypt.SlotTry)
 		if got == nil {
 			break
 		}
@@ -373,13 +375,14 @@ func TestSlotsAreBounded(t *testing.T) {
 		seen[&got.Bytes()[0]] = true
 		held = append(held, got)
 	}
-	require.GreaterOrEqual(t, len(held), largeSlots)
-	for range largeWaiting {
-		held = append(held, s.Take(Inode{}, most, true))
+	require.GreaterOrEqual(t, len(held), largeTry)
+	for range largeWrite {
+		held = append(held, s.Take(Inode{}, most, crypt.SlotWrite))
 	}
 	var wg sync.WaitGroup
 	arrived := make(chan crypt.Slot)
-	wg.Go(func() { arrived <- s.Take(Inode{}, most, true) })
+	wg.Go(func() { arrived <- s.Take(Inode{}, most, crypt.SlotWrite) })
+	s.Take(Inode{}, most, crypt.SlotMend).Free() // kept for who has one already
 	select {
 	case <-arrived:
 		t.Fatal("there was one slot more")
@@ -389,7 +392,7 @@ func TestSlotsAreBounded(t *testing.T) {
 	require.NotNil(t, <-arrived)
 	wg.Wait()
 	held[0].Free()
-	require.NotNil(t, s.Take(Inode{}, most, false))
+	require.NotNil(t, s.Take(Inode{}, most, crypt.SlotTry))
 }
 
 // docTable are the rows of a table in docs/FORMAT.md: offset, bytes, what.
