@@ -98,11 +98,7 @@ func derive(id Identity, key *Key) (*Secrets, error) {
 	}
 	var prk *Key
 	err = own.Use(func(raw []byte) error {
-		p, err := hkdf.Extract(sha256.New, raw, id.File[:])
-		if err != nil {
-			return fmt.Errorf("deriving keys: %w", err)
-		}
-		prk, err = NewKey(p)
+		prk, err = NewKey(extract(raw, id.File[:]))
 		return err
 	})
 	if err != nil {
@@ -110,6 +106,19 @@ func derive(id Identity, key *Key) (*Secrets, error) {
 		return nil, err
 	}
 	return &Secrets{id: id, key: own, prk: prk}, nil
+}
+
+// extract is HKDF-Extract, which is an HMAC, with SHA-256. The library's own leaves the
+// secret in the buffer of a hash that nobody can reach any more; here what follows it
+// takes its place.
+func extract(secret, salt []byte) []byte {
+	h := hmac.New(sha256.New, salt)
+	h.Write(secret)
+	prk := h.Sum(nil)
+	h.Reset()
+	h.Write(make([]byte, sha256.BlockSize-1))
+	h.Sum(nil)
+	return prk
 }
 
 // Identity is what the secrets belong to.
