@@ -141,7 +141,9 @@ func volume(t *testing.T, e *harness.Env, name string, args ...string) *harness.
 // in plays a scene in a fresh directory in parent, and gives its transcript.
 func (sc scene) in(t *testing.T, e *harness.Env, parent string) []string {
 	t.Helper()
-	s := &stage{t: t, env: e, dir: filepath.Join(parent, sc.name)}
+	mine := *e
+	mine.T = t // what fails here ends this scene and no other
+	s := &stage{t: t, env: &mine, dir: filepath.Join(parent, sc.name)}
 	require.NoError(t, os.Mkdir(s.dir, 0o777))
 	require.NoError(t, os.Chmod(s.dir, 0o777))
 	t.Cleanup(func() {

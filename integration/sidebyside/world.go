@@ -150,8 +150,9 @@ func gocryptfs(w *world, base string) (string, func() error, error) {
 	if _, err := w.run("gocryptfs", "-init", "-q", "-passfile", secret, backing); err != nil {
 		return "", nil, fmt.Errorf("%w (apt-get install gocryptfs)", err)
 	}
-	if _, err := w.run("gocryptfs", "-q", "-nosyslog", "-allow_other", "-suid", "-dev", "-passfile", secret, backing, mnt); err != nil {
-		return "", nil, err
+	// Without pipes: its daemon would hold them open.
+	if err := exec.Command("gocryptfs", "-q", "-allow_other", "-suid", "-dev", "-passfile", secret, backing, mnt).Run(); err != nil {
+		return "", nil, fmt.Errorf("mounting gocryptfs: %w", err)
 	}
 	return mnt, func() error { return unmount(w, mnt) }, nil
 }
