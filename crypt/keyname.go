@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"sync"
 )
 
 // A KMS key is named by its ARN, a local key by "local:NAME". In a header an
@@ -167,7 +168,38 @@ func index(list []string, s string) int {
 	return -1
 }
 
+// unpacked remembers key names that were read before: a tree's headers name a few
+// keys, over and over. It is bounded, for headers can name anything.
+var unpacked struct {
+	sync.RWMutex
+	names map[string]string // guarded by the lock; by provider and packed form
+}
+
+const maxUnpacked = 64
+
 func unpackKeyName(provider byte, name []byte) (string, error) {
+	var buf [maxKeyName + 2]byte
+	id := append(append(buf[:0], provider), name...)
+	unpacked.RLock()
+	s, known := unpacked.names[string(id)]
+	unpacked.RUnlock()
+	if known {
+		return s, nil
+	}
+	s, err := unpackNewKeyName(provider, name)
+	if err != nil {
+		return "", err
+	}
+	unpacked.Lock()
+	defer unpacked.Unlock()
+	if len(unpacked.names) >= maxUnpacked || unpacked.names == nil {
+		unpacked.names = make(map[string]string)
+	}
+	unpacked.names[string(id)] = s
+	return s, nil
+}
+
+func unpackNewKeyName(provider byte, name []byte) (string, error) {
 	if len(name) < 2 || len(name) > maxKeyName+1 {
 		return "", fmt.Errorf("a key name of %d bytes", len(name))
 	}

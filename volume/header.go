@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -39,8 +40,12 @@ func readXattrAt(dirfd int, name string) ([]byte, error) {
 	return readValue(crypt.HeaderXattr, crypt.MaxHeader, func(dest []byte) (int, error) { return unix.Lgetxattr(at, crypt.HeaderXattr, dest) })
 }
 
+// valueBufs hold a header with two copies.
+var valueBufs = sync.Pool{New: func() any { return new([600]byte) }}
+
 func readValue(name string, limit int, get func(dest []byte) (int, error)) ([]byte, error) {
-	var small [600]byte // holds a header with two copies
+	small := valueBufs.Get().(*[600]byte)
+	defer valueBufs.Put(small)
 	n, err := get(small[:min(len(small), limit)])
 	if err == nil {
 		return bytes.Clone(small[:n]), nil
