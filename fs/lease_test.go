@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -32,6 +33,25 @@ type leasedKeys struct {
 	over    map[string]bool // guarded by mu; keys whose lease has ended
 	changed func()          // guarded by mu
 	inUse   func() [][]string
+	asked   func() // guarded by mu; when a key is on its way to who asked
+}
+
+// arrives runs the hook, once.
+func (k *leasedKeys) arrives() {
+	k.mu.Lock()
+	hook := k.asked
+	k.asked = nil
+	k.mu.Unlock()
+	if hook != nil {
+		hook()
+	}
+}
+
+// whenAsked has hook run when the next key is on its way.
+func (k *leasedKeys) whenAsked(hook func()) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.asked = hook
 }
 
 var errEnded = fmt.Errorf("the lease has ended: %w", crypt.ErrKeyDisabled)
@@ -69,6 +89,7 @@ func (k *leasedKeys) Open(ctx context.Context, h *crypt.Header) (*crypt.Secrets,
 	s, err := k.fakeKeys.Open(ctx, h)
 	if err == nil {
 		s.SetUnder(under)
+		k.arrives()
 	}
 	return s, err
 }
@@ -80,6 +101,7 @@ func (k *leasedKeys) Fresh(ctx context.Context) (*crypt.Fresh, error) {
 	f, err := k.fakeKeys.Fresh(ctx)
 	if err == nil {
 		f.Secrets.SetUnder([]string{testKey})
+		k.arrives()
 	}
 	return f, err
 }
@@ -155,7 +177,7 @@ func TestRevokedFile(t *testing.T) {
 
 	k.end(testKey, true)
 	w.drained()
-	require.EqualValues(t, 1, w.srv.Stats().Wiped)
+	require.Positive(t, w.srv.Stats().Wiped) // the other may not have been released yet
 	require.Less(t, crypt.LiveKeys(), live, "the keys are gone")
 	for off := int64(0); off < int64(len(data)); off += 4096 {
 		require.ErrorIs(t, readErr(f, off), unix.EKEYREVOKED)
@@ -224,6 +246,116 @@ func TestDirtyPagesLand(t *testing.T) {
 	require.NoError(t, f.Close())
 	w.remount()
 	require.True(t, bytes.Equal(want, w.read("f")))
+}
+
+// TestReadsStopBeforeTheKeysGo: while the kernel writes out what it held back nothing
+// can be read any more, and what is written still lands.
+func TestReadsStopBeforeTheKeysGo(t *testing.T) {
+	w, k := newLeased(t)
+	data := randomBytes(40_000)
+	w.write("f", data)
+	w.remount() // nothing is cached
+	f := w.openFile("f", os.O_RDWR)
+	files := w.srv.fs.files.all()
+	require.Len(t, files, 1)
+	defer w.srv.fs.files.release(files[0])
+	files[0].mu.Lock() // the drain can't end
+	unlock := sync.OnceFunc(files[0].mu.Unlock)
+	defer unlock()
+	k.end(testKey, true)
+	require.ErrorIs(t, readErr(f, 0), unix.EKEYREVOKED)
+	_, err := unix.CopyFileRange(int(f.Fd()), new(int64), int(f.Fd()), &[]int64{20_000}[0], 4096, 0)
+	require.ErrorIs(t, err, unix.EKEYREVOKED)
+	_, err = f.WriteAt(data[:8192], 4096)
+	require.NoError(t, err)
+	require.NoError(t, f.Sync())
+	require.False(t, files[0].view.Load().Suspended())
+	unlock()
+	w.drained()
+	require.True(t, files[0].view.Load().Suspended())
+	k.end(testKey, false)
+	healed(t, f)
+	copy(data[4096:], bytes.Clone(data[:8192]))
+	require.True(t, bytes.Equal(data, w.read("f")))
+}
+
+// TestGapsAreSettledBeforeTheKeysGo: a gap that a write left is zeros also if the file
+// is closed before the lease is granted again.
+func TestGapsAreSettledBeforeTheKeysGo(t *testing.T) {
+	w, k := newLeased(t)
+	f := w.openFile("f", os.O_RDWR|os.O_CREATE)
+	_, err := f.WriteAt([]byte("far"), 100_000)
+	require.NoError(t, err)
+	k.end(testKey, true)
+	w.drained()
+	require.NoError(t, f.Close())
+	k.end(testKey, false)
+	w.remount()
+	require.Equal(t, append(make([]byte, 100_000), "far"...), w.read("f"))
+}
+
+// TestLeaseEndsWhileAKeyIsOnItsWay: the key is not used, whoever asked for it.
+func TestLeaseEndsWhileAKeyIsOnItsWay(t *testing.T) {
+	w, k := newLeased(t)
+	w.write("f", []byte("contents"))
+	w.write("empty", nil)
+	w.remount()
+	for what, op := range map[string]func() error{
+		"open":       func() error { _, err := os.ReadFile(w.path("f")); return err },
+		"open empty": func() error { return os.WriteFile(w.path("empty"), []byte("x"), 0o644) },
+		"create":     func() error { return os.WriteFile(w.path("new"), []byte("x"), 0o644) },
+		"truncate":   func() error { return os.Truncate(w.path("f"), 3) },
+	} {
+		k.whenAsked(func() { k.end(testKey, true) })
+		require.ErrorIs(t, op(), unix.EKEYREVOKED, what)
+		require.NoFileExists(t, w.path("new"))
+		w.drained()
+		k.end(testKey, false)
+	}
+	require.Equal(t, []byte("contents"), w.read("f"))
+	require.Empty(t, w.read("empty"))
+}
+
+// resident counts the pages of a file that the kernel has cached.
+func resident(t *testing.T, f *os.File, size int) (pages int) {
+	t.Helper()
+	mem, err := unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ, unix.MAP_SHARED)
+	require.NoError(t, err)
+	defer unix.Munmap(mem)
+	vec := make([]byte, (size+4095)/4096)
+	_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&mem[0])), uintptr(size), uintptr(unsafe.Pointer(&vec[0])))
+	require.Zero(t, errno)
+	for _, v := range vec {
+		pages += int(v & 1)
+	}
+	return pages
+}
+
+// TestClosedFilesLeaveTheCache: the kernel keeps no plaintext of files that were closed,
+// either; of files under another lease it does.
+func TestClosedFilesLeaveTheCache(t *testing.T) {
+	w, k := newLeased(t)
+	const size = 40_000
+	require.NoError(t, os.Mkdir(w.path("d"), 0o755))
+	for _, name := range []string{"d/f", "other"} {
+		w.write(name, randomBytes(size))
+	}
+	w.rewrapped("other")
+	w.remount()
+	look := func(name string) int {
+		f := w.openFile(name, os.O_RDONLY)
+		defer f.Close()
+		return resident(t, f, size)
+	}
+	w.read("d/f")
+	w.read("other")
+	require.Positive(t, look("d/f"))
+	eventually(t, func() bool { return w.srv.Stats().OpenFiles == 0 })
+	k.end(testKey, true)
+	w.drained()
+	k.end(testKey, false)
+	require.Zero(t, look("d/f"))
+	require.Positive(t, look("other"))
 }
 
 // TestSyncedDataOutlivesRevocation: appends and their fsync go on until the lease ends;

@@ -190,6 +190,10 @@ func (f *file) header() (raw []byte, h *crypt.Header, err error) {
 func (f *file) installView(s *crypt.Secrets) (done bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if err := f.fs.ended(s.Under()); err != nil {
+		s.Wipe()
+		return false, err // its lease ended while it was on its way
+	}
 	if v := f.view.Load(); v != nil {
 		return true, f.resume(v, s)
 	}
@@ -214,10 +218,6 @@ func (f *file) installView(s *crypt.Secrets) (done bool, err error) {
 // resume gives a view its keys back that it lost when their lease ended; it takes
 // over s. mu is held.
 func (f *file) resume(v *crypt.File, s *crypt.Secrets) error {
-	if err := f.fs.ended(s.Under()); err != nil {
-		s.Wipe()
-		return err
-	}
 	if err := v.Resume(s); err != nil {
 		return err
 	}
