@@ -92,6 +92,8 @@ func TestOrphanIsChecked(t *testing.T) {
 	require.NoError(t, err)
 	defer unix.Close(other)
 	require.NoError(t, unix.Dup3(other, n.orphan.Load().fd, unix.O_CLOEXEC)) // the number is reused
+	// The kernel lets go of handles behind close(2); until then the open file serves.
+	require.Eventually(t, func() bool { return w.srv.fs.files.len() == 0 }, 10*time.Second, 100*time.Microsecond)
 
 	var st unix.Statx_t
 	require.ErrorIs(t, n.stat(&st), errMoved)
