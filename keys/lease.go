@@ -139,8 +139,12 @@ func (l *lease) sleep(o *LeaseOptions, now time.Time) {
 	l.next = now.Add(o.Interval)
 }
 
-// hurry brings the next check forward.
+// hurry brings the next check forward. That a lease has ended is known: a refusal more
+// is no news.
 func (l *lease) hurry(now time.Time, pause time.Duration) {
+	if l.state == LeaseRevoked {
+		return
+	}
 	at := now
 	if soonest := l.asked.Add(pause); soonest.After(at) {
 		at = soonest
