@@ -282,7 +282,9 @@ func (w *world) end() {
 	if err := w.srv.Unmount(); err != nil {
 		w.t.Errorf("unmounting at the end: %v", err)
 		_ = unix.Unmount(w.mnt, unix.MNT_DETACH)
+		return
 	}
+	require.NoError(w.t, w.srv.fs.opts.Slots.Close(), "slots")
 }
 
 func (w *world) path(name string) string { return filepath.Join(w.mnt, name) }

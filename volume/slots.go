@@ -300,7 +300,11 @@ func (s *Slots) Close() error {
 	if s == nil {
 		return nil
 	}
-	return errors.Join(unix.Munmap(s.mem), unix.Unlink(s.f.Name()), s.f.Close())
+	gone := unix.Unlink(s.f.Name())
+	if gone == unix.ENOENT { // somebody cleaned up the directory
+		gone = nil
+	}
+	return errors.Join(unix.Munmap(s.mem), gone, s.f.Close())
 }
 
 // A flight is what an entry of the table says.
