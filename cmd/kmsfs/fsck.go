@@ -172,7 +172,7 @@ func (p *program) check(ctx context.Context, v *volume.Volume, show *fsckShow, f
 		o.Keys, o.Data, o.CutEnds = ring, f.data, f.cutEnds
 	}
 	if f.changes() { // nothing is written into a volume before it is trusted, not even a lock
-		if err := lockUnchanged(v); err != nil {
+		if err := p.lockUnchanged(ctx, v); err != nil {
 			return fsck.Report{}, err
 		}
 	}
@@ -195,11 +195,16 @@ func (p *program) check(ctx context.Context, v *volume.Volume, show *fsckShow, f
 	return fsck.Run(ctx, v, o)
 }
 
-// lockUnchanged takes the volume's lock. Headers must not be judged by a list of keys
-// that was read before a rekey.
-func lockUnchanged(v *volume.Volume) error {
-	if err := v.Lock("fsck"); err != nil {
+// lockUnchanged takes the volume's lock, and finishes what a killed mount had under
+// way: that is no damage. Headers must not be judged by a list of keys that was read
+// before a rekey.
+func (p *program) lockUnchanged(ctx context.Context, v *volume.Volume) error {
+	r, err := lockAndReplay(ctx, v, "fsck")
+	if err != nil {
 		return err
+	}
+	for _, e := range r.Errs {
+		p.warn("a write that the last mount was killed in is not finished: %v", e)
 	}
 	changed, err := v.Reload()
 	if err == nil && changed {
