@@ -28,7 +28,6 @@ if [ "$what" = posix ]; then
 fi
 if [ "$what" = test ]; then
 	need setfacl acl
-	need mkfs.ext4 e2fsprogs
 	need sqlite3 sqlite3
 	need git git
 	need tar tar
