@@ -26,6 +26,7 @@ func run(args []string) error {
 	}
 	fl := flag.NewFlagSet("rekey", flag.ContinueOnError)
 	sizes := fl.String("files", "10000,200000", "numbers of files, separated by commas")
+	kinds := fl.String("keys", "local,kms", "which keys, separated by commas")
 	rounds := fl.Int("rounds", 3, "how often each is measured")
 	dir := fl.String("dir", "", "where to make the volumes; it should be on the file system in question (default: a temporary directory)")
 	if err := fl.Parse(args[1:]); err != nil {
@@ -39,5 +40,5 @@ func run(args []string) error {
 		}
 		list = append(list, n)
 	}
-	return benchRekey(*dir, list, *rounds)
+	return benchRekey(*dir, list, *rounds, strings.Contains(*kinds, "local"), strings.Contains(*kinds, "kms"))
 }

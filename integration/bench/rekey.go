@@ -21,7 +21,7 @@ const (
 	awsJobs  = "64"
 )
 
-func benchRekey(parent string, sizes []int, rounds int) error {
+func benchRekey(parent string, sizes []int, rounds int, local, kms bool) error {
 	w, err := newWorld(parent)
 	if err != nil {
 		return err
@@ -35,11 +35,15 @@ func benchRekey(parent string, sizes []int, rounds int) error {
 	fmt.Println("| headers | what | seconds | headers/s | of the minimal loop's time | CPU seconds | peak MiB |")
 	fmt.Println("|---|---|---|---|---|---|---|")
 	for _, n := range sizes {
-		if err := benchLocal(w, n, rounds); err != nil {
-			return err
+		if local {
+			if err := benchLocal(w, n, rounds); err != nil {
+				return err
+			}
 		}
-		if err := benchKMS(w, n); err != nil {
-			return err
+		if kms {
+			if err := benchKMS(w, n); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

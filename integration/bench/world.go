@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 )
 
@@ -57,16 +56,42 @@ func (w *world) measure(cmd *exec.Cmd) (cost, error) {
 	var stderr bytes.Buffer
 	cmd.Env, cmd.Stderr = w.env, &stderr
 	start := time.Now()
-	err := cmd.Run()
-	c := cost{wall: time.Since(start)}
-	if cmd.ProcessState != nil {
-		c.cpu = cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
-		c.peak = cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss
+	err := cmd.Start()
+	if err != nil {
+		return cost{}, err
 	}
+	ended := make(chan struct{})
+	peak := make(chan int64)
+	go func() { peak <- watchPeak(cmd.Process.Pid, ended) }()
+	err = cmd.Wait()
+	c := cost{wall: time.Since(start), cpu: cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()}
+	close(ended)
+	c.peak = <-peak
 	if err != nil {
 		return c, fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, stderr.String())
 	}
 	return c, nil
+}
+
+// watchPeak reads the high-water mark of a process's resident memory, in KiB, as long
+// as it lives. (The kernel's ru_maxrss won't do: a child's begins with its parent's.)
+func watchPeak(pid int, ended <-chan struct{}) (peak int64) {
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ended:
+			return peak
+		case <-tick.C:
+		}
+		status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if _, rest, ok := strings.Cut(string(status), "VmHWM:"); ok {
+			var now int64
+			if n, _ := fmt.Sscan(rest, &now); n == 1 {
+				peak = max(peak, now)
+			}
+		}
+	}
 }
 
 // fill makes a volume with files of 100 bytes, a hundred to a directory, through a
