@@ -615,9 +615,14 @@ func TestLeasesComeAndGo(t *testing.T) {
 		name := fmt.Sprintf("file%d", i)
 		w.write(name, bytes.Repeat(fill(name, 0), blocks))
 		f := w.openFile(name, os.O_RDWR)
+		// A read(2) that meets a write(2) of the same page may return some of each: the
+		// kernel copies to and from the page cache without a lock.
+		var busy [blocks]sync.Mutex
 		jobs.Go(func() { // a writer that takes no for an answer
 			for v := 1; ctx.Err() == nil; v++ {
+				busy[v%blocks].Lock()
 				_, _ = f.WriteAt(fill(name, v), int64(v%blocks)*4096)
+				busy[v%blocks].Unlock()
 				if v%16 == 0 {
 					_ = f.Sync()
 				}
@@ -629,7 +634,10 @@ func TestLeasesComeAndGo(t *testing.T) {
 		jobs.Go(func() {
 			p := make([]byte, 4096)
 			for v := 0; ctx.Err() == nil; v++ {
-				n, err := f.ReadAt(p, int64(v*7%blocks)*4096)
+				block := v * 7 % blocks
+				busy[block].Lock()
+				n, err := f.ReadAt(p, int64(block)*4096)
+				busy[block].Unlock()
 				if err != nil {
 					refused.Add(1)
 					if !errors.Is(err, unix.EKEYREVOKED) && !errors.Is(err, syscall.EIO) {
