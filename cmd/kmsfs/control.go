@@ -50,6 +50,7 @@ type controlReply struct {
 	Volume     string   `json:"volume,omitempty"`
 	Dir        string   `json:"dir,omitempty"`
 	Mountpoint string   `json:"mountpoint,omitempty"`
+	ReadOnly   bool     `json:"read_only,omitempty"`
 	Keys       []string `json:"keys,omitempty"`
 	leaseStatus
 
@@ -101,7 +102,7 @@ func (m *mounting) listen() (*controlServer, error) {
 
 // answer is what a live mount has to say.
 func (m *mounting) answer(ctx context.Context, r controlRequest) controlReply {
-	reply := controlReply{OK: true, PID: os.Getpid(), Volume: m.v.ID().String(), Dir: m.dir, Mountpoint: m.point, Keys: m.ring.Trusted()}
+	reply := controlReply{OK: true, PID: os.Getpid(), Volume: m.v.ID().String(), Dir: m.dir, Mountpoint: m.point, ReadOnly: m.cfg.Mount.ReadOnly, Keys: m.ring.Trusted()}
 	switch r.Op {
 	case "status":
 		reply.leaseStatus = m.leases()

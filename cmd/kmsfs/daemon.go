@@ -44,7 +44,9 @@ func (p *program) background() error {
 	}
 	defer r.Close()
 	child := exec.Command(exe, p.args...)
-	child.Args[0] = os.Args[0]
+	if !isHelper(os.Args[0]) { // under such a name the arguments would mean something else
+		child.Args[0] = os.Args[0]
+	}
 	child.Stdin, child.Stdout, child.Stderr = os.Stdin, os.Stdout, os.Stderr
 	child.ExtraFiles = []*os.File{w}
 	child.Env = append(os.Environ(), fmt.Sprintf("%s=%d", readyEnv, readyFD))

@@ -7,4 +7,4 @@ package main
 
 import "os"
 
-func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
+func main() { os.Exit(start(os.Args, os.Stdin, os.Stdout, os.Stderr)) }

@@ -47,9 +47,21 @@ Mount options (-o): ro, rw, allow_other, suid, dev (root only), nonempty, debug,
 writeback=on|off, lease=DURATION, grace=DURATION, idle_unmount=DURATION,
 attr_timeout=DURATION, entry_timeout=DURATION, kms_deadline=DURATION,
 create_wait=DURATION, cache_age=DURATION, cache_keys=N,
-pool=N, noexec, noatime. Each stands in the configuration file too.` + statuses(0, 1, 2, 3, 4, 6),
+pool=N, noexec, noatime. Each stands in the configuration file too. With remount the
+options ro, rw, noexec, noatime and the like of a mount are changed.
+
+A link of the name /sbin/mount.fuse.kmsfs to kmsfs, and one of /sbin/umount.fuse.kmsfs,
+let mount(8), umount(8), /etc/fstab and systemd handle volumes:
+
+  DIR MOUNTPOINT fuse.kmsfs noauto,x-systemd.automount,_netdev,allow_other 0 0
+
+There the options key=KEY, accept_key=KEY, accept_new, config=FILE and log_file=FILE
+stand for the flags of these names.` + statuses(0, 1, 2, 3, 4, 6),
 		Args: exactly(2, "DIR and MOUNTPOINT"),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if f.remounts() {
+				return p.remount(cmd.Context(), &f, args[1])
+			}
 			if err := f.fill(cmd, p.cfg); err != nil {
 				return err
 			}

@@ -88,10 +88,10 @@ func switches(m *config.Mount) map[string]func() {
 }
 
 // kernelOptions are handed to the kernel as they are.
-var kernelOptions = map[string]bool{"noexec": true, "noatime": true, "nodiratime": true, "relatime": true}
+var kernelOptions = map[string]bool{"noexec": true, "noatime": true, "nodiratime": true, "relatime": true, "strictatime": true, "sync": true, "dirsync": true}
 
 // ignoredOptions are for mount(8) and systemd, which pass them on from fstab.
-var ignoredOptions = map[string]bool{"": true, "defaults": true, "auto": true, "noauto": true, "user": true, "nouser": true, "users": true, "nofail": true, "_netdev": true, "exec": true, "async": true}
+var ignoredOptions = map[string]bool{"": true, "defaults": true, "auto": true, "noauto": true, "user": true, "nouser": true, "users": true, "nofail": true, "_netdev": true, "owner": true, "group": true, "exec": true, "async": true, "atime": true, "diratime": true}
 
 func mountOption(c *config.Config, option string) error {
 	name, value, hasValue := strings.Cut(option, "=")

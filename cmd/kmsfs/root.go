@@ -11,7 +11,21 @@ import (
 	"kmsfs/config"
 )
 
-// run is the program but for the end of its process.
+// start is the program but for the end of its process; argv[0] is the name that it
+// was called by.
+func start(argv []string, in io.Reader, out, err io.Writer) int {
+	args, wrong := asked(argv)
+	if wrong != nil {
+		p := &program{console: newConsole(in, out, err)}
+		return p.status(wrong)
+	}
+	if args == nil {
+		return exitDone
+	}
+	return run(args, in, out, err)
+}
+
+// run runs one command.
 func run(args []string, in io.Reader, out, err io.Writer) int {
 	p := &program{console: newConsole(in, out, err), args: args}
 	root := p.rootCommand()

@@ -119,7 +119,7 @@ func TestEveryFlagHasItsKey(t *testing.T) {
 		"rekey":  "to add remove refresh from via prepare shard dry-run json yes",
 		"export": "force json", "import": "verify no-verify force dry-run json yes",
 		"fsck":    "data repair cut-ends quarantine no-keys json",
-		"inspect": "json", "status": "json",
+		"inspect": "json", "status": "json", "umount": "lazy",
 	} {
 		for flag := range strings.FieldsSeq(flags) {
 			thisRun[command+" --"+flag] = true

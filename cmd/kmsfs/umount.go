@@ -16,22 +16,27 @@ import (
 )
 
 func (p *program) umountCommand() *cobra.Command {
-	return &cobra.Command{
+	var lazy bool
+	cmd := &cobra.Command{
 		Use:     "umount MOUNTPOINT",
 		Aliases: []string{"unmount"},
 		Short:   "Unmount a volume",
 		Long: `Unmount MOUNTPOINT and wait until its daemon has written everything and is gone.
-A mountpoint left over from a daemon that died is cleaned up.` + statuses(0, 1, 6),
+A mountpoint left over from a daemon that died is cleaned up. With --lazy a mount
+that is in use is taken out of the tree at once, and served to those who have it open
+until the last of them is done.` + statuses(0, 1, 6),
 		Args: exactly(1, "MOUNTPOINT"),
-		RunE: func(cmd *cobra.Command, args []string) error { return p.umount(cmd.Context(), args[0]) },
+		RunE: func(cmd *cobra.Command, args []string) error { return p.umount(cmd.Context(), args[0], lazy) },
 	}
+	cmd.Flags().BoolVarP(&lazy, "lazy", "l", false, "take a busy mount out of the tree, and don't wait for its users")
+	return cmd
 }
 
 // daemonWait is how long umount waits for a daemon that has nothing left to
 // serve: it may have gigabytes to sync.
 const daemonWait = 2 * time.Minute
 
-func (p *program) umount(ctx context.Context, arg string) error {
+func (p *program) umount(ctx context.Context, arg string, lazy bool) error {
 	point, err := pointPath(arg)
 	if err != nil {
 		return &failure{status: exitMount, err: err}
@@ -49,7 +54,7 @@ func (p *program) umount(ctx context.Context, arg string) error {
 	}
 	var st unix.Stat_t
 	stale := errors.Is(unix.Stat(point, &st), unix.ENOTCONN)
-	if err := unmountPoint(point, stale); err != nil {
+	if err := unmountPoint(point, stale || lazy); err != nil || lazy {
 		return err
 	}
 	return waitForDaemon(daemon, m.source)
@@ -58,16 +63,7 @@ func (p *program) umount(ctx context.Context, arg string) error {
 // findDaemon returns a descriptor of the process that serves the mount (so that
 // no other process can be mistaken for it later), or -1.
 func findDaemon(ctx context.Context, dir, point string) int {
-	pid := 0
-	if v, err := volume.Open(dir); err == nil {
-		defer v.Close()
-		if c, peer, err := dialControl(v.ID().String(), 0); err == nil {
-			defer c.Close()
-			if r, err := request(ctx, c, controlRequest{Op: "status"}, controlIdle); err == nil && r.Mountpoint == point {
-				pid = int(peer.Pid)
-			}
-		}
-	}
+	_, pid, _ := statusAt(ctx, dir, point)
 	if pid == 0 {
 		if h, err := holderOf(dir); err == nil && h != nil && here(h) {
 			pid = h.PID
@@ -81,6 +77,27 @@ func findDaemon(ctx context.Context, dir, point string) int {
 		return -1
 	}
 	return fd
+}
+
+// statusAt asks the daemon that serves a mount of dir on point.
+func statusAt(ctx context.Context, dir, point string) (r controlReply, pid int, err error) {
+	v, err := volume.Open(dir)
+	if err != nil {
+		return r, 0, err
+	}
+	defer v.Close()
+	c, peer, err := dialControl(v.ID().String(), 0)
+	if err != nil {
+		return r, 0, err
+	}
+	defer c.Close()
+	if r, err = request(ctx, c, controlRequest{Op: "status"}, controlIdle); err == nil && r.Mountpoint != point {
+		err = fmt.Errorf("it is mounted on %s", r.Mountpoint)
+	}
+	if err != nil {
+		return r, 0, err
+	}
+	return r, int(peer.Pid), nil
 }
 
 // unmountPoint takes the mount away; lazy also if it is in use.

@@ -1,0 +1,96 @@
+package integration
+
+import (
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"kmsfs/integration/harness"
+)
+
+// helped makes a mount namespace where mount(8) and umount(8) find kmsfs as their
+// helper, and a file fstab, and runs a script in it. Of the machine nothing is changed.
+func helped(e *harness.Env, v *harness.Volume, options, script string) string {
+	e.T.Helper()
+	return e.Shell(`unshare --mount --propagation private bash -euo pipefail -c '
+		dir=$1 mnt=$2 root=$3 sbin=$(readlink -f /sbin)
+		mkdir -p "$root/helpers"
+		for name in mount umount; do ln -sf "$(type -P kmsfs)" "$root/helpers/$name.fuse.kmsfs"; done
+		mount -t overlay overlay -o "ro,lowerdir=$root/helpers:$sbin" "$sbin"
+		echo "$dir $mnt fuse.kmsfs $4 0 0" >"$root/fstab"
+		refused() { if "$@" 2>&1; then echo "$* was not refused"; exit 1; fi; }
+		'"$5" bash "$1" "$2" "$3" "$4"`, v.Dir, v.Mnt, e.Root, options, script)
+}
+
+func helpedVolume(t *testing.T) (*harness.Env, *harness.Volume) {
+	e := harness.New(t)
+	e.Must("key", "create", "one")
+	return e, e.Init("volume", "--key", "local:one")
+}
+
+// TestFstab mounts by a line of fstab, and again as soon as umount(8) has returned:
+// then the daemon must be gone, and have written everything.
+func TestFstab(t *testing.T) {
+	e, v := helpedVolume(t)
+	said := helped(e, v, "noauto,nofail,user,exec,x-systemd.automount,x-systemd.idle-timeout=60,_netdev,allow_other,noatime,key=local:one", `
+		for round in 1 2 3 4 5; do
+			mount -T "$root/fstab" "$mnt"
+			echo $round >>"$mnt/file"
+			cat "$mnt/file" | wc -l
+			umount "$mnt"
+		done
+		mount -T "$root/fstab" "$mnt"
+		findmnt -no FSTYPE,SOURCE "$mnt"
+		findmnt -no OPTIONS "$mnt" | tr , "\n" | grep -E "allow_other|atime|exec|suid|dev|^rw"
+		umount "$mnt"`)
+	require.Equal(t, "1\n2\n3\n4\n5\nfuse.kmsfs "+v.Dir+"\nrw\nnosuid\nnodev\nnoatime\nallow_other\n", said)
+	require.Empty(t, v.Daemons())
+}
+
+// TestMountHelperOptions: what fstab says arrives, a wrong word in it is refused, and
+// so is what would lose data or is not there.
+func TestMountHelperOptions(t *testing.T) {
+	e, v := helpedVolume(t)
+	log := filepath.Join(e.Root, "log")
+	said := helped(e, v, "ro,log_file="+log, `
+		mount -T "$root/fstab" "$mnt"
+		refused touch "$mnt/file" >/dev/null
+		refused mount -o remount,rw "$mnt"
+		refused umount -f "$mnt"
+		umount "$mnt"
+		refused mount -t fuse.kmsfs -o misspelled "$dir" "$mnt"
+		mount --fake -t fuse.kmsfs "$dir" "$mnt"
+		refused mountpoint -q "$mnt"`)
+	for _, words := range []string{"was mounted read-only, and its daemon can't write", "umount -i -f", `unknown mount option "misspelled"`} {
+		require.Contains(t, said, words)
+	}
+	require.Contains(t, e.Do("cat", log), "mounted")
+	require.Empty(t, v.Daemons())
+}
+
+// TestRemount: read-only and back, with a file written before, and a busy mount that
+// is taken away.
+func TestRemount(t *testing.T) {
+	e, v := helpedVolume(t)
+	said := helped(e, v, "rw", `
+		mount -T "$root/fstab" "$mnt"
+		echo before >"$mnt/file"
+		mount -o remount,ro "$mnt"
+		refused touch "$mnt/file" >/dev/null
+		refused touch "$mnt/new" >/dev/null
+		cat "$mnt/file"
+		mount -o remount,rw,noexec "$mnt"
+		findmnt -no OPTIONS "$mnt" | tr , "\n" | grep -E "exec|suid|dev|^r[ow]$"
+		exec 3>>"$mnt/file"
+		refused umount "$mnt" >/dev/null
+		umount -l "$mnt"
+		refused mountpoint -q "$mnt"
+		echo after >&3
+		exec 3>&-`)
+	require.Equal(t, "before\nrw\nnosuid\nnodev\nnoexec\n", said)
+	require.Eventually(t, func() bool { return len(v.Daemons()) == 0 }, time.Minute, 50*time.Millisecond, "the last user of a detached mount is gone")
+	v.Mount()
+	require.Equal(t, "before\nafter\n", e.Do("cat", v.Path("file")))
+}
