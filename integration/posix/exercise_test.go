@@ -47,39 +47,54 @@ func disk(t *testing.T, e *harness.Env, kind string, size int64) string {
 	return dir
 }
 
-// volumeOn makes a volume on a disk of its own, and mounts it.
-func volumeOn(t *testing.T, e *harness.Env, kind string, size int64) *harness.Volume {
+// volumeOn makes a volume with the arguments of kmsfs init on a disk of its own, and
+// mounts it.
+func volumeOn(t *testing.T, e *harness.Env, kind string, size int64, args ...string) *harness.Volume {
 	t.Helper()
 	disk(t, e, kind, size)
 	e.Must("key", "create", "on-"+kind)
-	v := e.Init(kind+"/volume", "--key", "local:on-"+kind)
+	v := e.Init(kind+"/volume", append(args, "--key", "local:on-"+kind)...)
 	v.Mount()
 	return v
+}
+
+// A kind of volume is one whose contents lie on the disk in a way of their own.
+type volumeKind struct{ backing, names, block string }
+
+func (k volumeKind) String() string { return k.backing + "," + k.names + "," + k.block }
+
+func (k volumeKind) volume(t *testing.T, e *harness.Env, size int64) *harness.Volume {
+	t.Helper()
+	return volumeOn(t, e, k.backing, size, "--names", k.names, "--block-size", k.block)
+}
+
+// volumeKinds have each backing file system with the smallest and the largest
+// blocks, and each of the two with both kinds of names.
+var volumeKinds = []volumeKind{
+	{"ext4", "encrypted", "4096"}, {"ext4", "plain", "65536"}, {"xfs", "plain", "4096"}, {"xfs", "encrypted", "65536"},
 }
 
 // TestExercise does random things to one file and to a plain one: results and
 // contents must agree all the while, and after each remount. A failure names its
 // seed and the last steps.
 func TestExercise(t *testing.T) {
-	for kind := range backings {
-		t.Run(kind, func(t *testing.T) {
+	for i, kind := range volumeKinds {
+		t.Run(kind.String(), func(t *testing.T) {
 			e := harness.New(t)
-			v := volumeOn(t, e, kind, 512<<20)
-			for seed := *exerciseSeed; seed < *exerciseSeed+2; seed++ {
-				name := fmt.Sprintf("file%d", seed)
-				x := &exercise{t: t, seed: seed, r: rand.New(rand.NewPCG(seed, 4)), paths: [2]string{v.Path(name), filepath.Join(e.Root, name)}}
-				for range 3 {
-					x.open()
-					for range *exerciseSteps / 3 {
-						x.step()
-					}
-					x.close()
-					v.Remount()
-				}
+			v := kind.volume(t, e, 512<<20)
+			seed := *exerciseSeed + uint64(i)
+			x := &exercise{t: t, seed: *exerciseSeed, r: rand.New(rand.NewPCG(seed, 4)), paths: [2]string{v.Path("file"), filepath.Join(e.Root, "file")}}
+			for range 3 {
 				x.open()
-				x.compare()
+				for range *exerciseSteps / 3 {
+					x.step()
+				}
 				x.close()
+				v.Remount()
 			}
+			x.open()
+			x.compare()
+			x.close()
 		})
 	}
 }
@@ -95,6 +110,7 @@ type exercise struct {
 	paths [2]string
 	fds   [2]int
 	tail  [2]int // open to append
+	raw   [2]int // open past the cache
 	size  int64
 	log   []string
 }
@@ -106,12 +122,14 @@ func (x *exercise) open() {
 		require.NoError(x.t, err)
 		x.tail[i], err = harness.Open(p, unix.O_WRONLY|unix.O_APPEND, 0)
 		require.NoError(x.t, err)
+		x.raw[i], err = harness.Open(p, unix.O_RDWR|unix.O_DIRECT, 0)
+		require.NoError(x.t, err)
 	}
 }
 
 func (x *exercise) close() {
 	for i := range x.fds {
-		require.NoError(x.t, errors.Join(unix.Close(x.fds[i]), unix.Close(x.tail[i])), "%s", x)
+		require.NoError(x.t, errors.Join(unix.Close(x.fds[i]), unix.Close(x.tail[i]), unix.Close(x.raw[i])), "%s", x)
 	}
 }
 
@@ -160,7 +178,7 @@ func (x *exercise) step() {
 	for i := range data {
 		data[i] = byte(x.r.Uint32())
 	}
-	switch x.r.IntN(14) {
+	switch x.r.IntN(17) {
 	case 0, 1, 2:
 		x.both("write "+at, func(i int) (int, error) { return unix.Pwrite(x.fds[i], data, off) })
 	case 3:
@@ -189,6 +207,10 @@ func (x *exercise) step() {
 		if x.r.IntN(10) == 0 {
 			x.compare()
 		}
+	case 14:
+		x.refused(off, n)
+	case 15, 16:
+		x.direct(off, data)
 	}
 }
 
@@ -224,18 +246,6 @@ func (x *exercise) mapped(at string, off int64, data []byte) {
 		return len(m), unix.Munmap(m)
 	})
 	x.same(got[0], got[1], off)
-}
-
-// copyRange copies inside the file, to where the ranges don't meet.
-func (x *exercise) copyRange(at string, off int64, n int) {
-	from := x.r.Int64N(max(1, x.size))
-	if from < off+int64(n) && off < from+int64(n) {
-		return
-	}
-	x.both(fmt.Sprintf("copy from %d, %s", from, at), func(i int) (int, error) {
-		in, out := from, off
-		return unix.CopyFileRange(x.fds[i], &in, x.fds[i], &out, n, 0)
-	})
 }
 
 func (x *exercise) compare() {
