@@ -82,8 +82,9 @@ func (fs *fileSystem) mountFlags(m *fuse.MountOptions) {
 		m.Options = append(m.Options, list...)
 		return
 	}
-	// Never zero, which would mean go-fuse's default (nosuid, nodev).
-	m.DirectMountFlags = syscall.MS_MGC_VAL
+	// Never zero, which would mean go-fuse's default (nosuid, nodev); relatime is the
+	// kernel's own, and others prevail over it.
+	m.DirectMountFlags = syscall.MS_RELATIME
 	for _, opt := range list {
 		if flag, is := flagOptions[opt]; is {
 			m.DirectMountFlags |= flag

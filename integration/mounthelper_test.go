@@ -49,6 +49,50 @@ func TestFstab(t *testing.T) {
 	require.Empty(t, v.Daemons())
 }
 
+// TestMountAgain: without options that mount(8) writes down, umount(8) does not ask
+// for a helper, and returns while the daemon still has what it must write. The next
+// mount waits for that.
+func TestMountAgain(t *testing.T) {
+	e, v := helpedVolume(t)
+	said := helped(e, v, "rw", `
+		for round in 1 2 3 4 5; do
+			mount -t fuse.kmsfs "$dir" "$mnt"
+			for file in 1 2 3 4 5 6 7 8; do dd if=/dev/zero of="$mnt/$file" bs=1M count=4 status=none; done
+			umount "$mnt"
+		done
+		mount -t fuse.kmsfs "$dir" "$mnt"
+		kmsfs fsck "$dir" 2>&1 | grep -c "in use by" || true
+		umount "$mnt"
+		kmsfs fsck "$dir" >/dev/null
+		echo checked`)
+	require.Equal(t, "1\nchecked\n", said)
+}
+
+// TestMountFlags: every option about times, set-user-ID and devices that mount(8) has
+// arrives in the kernel, alone or with others.
+func TestMountFlags(t *testing.T) {
+	e, v := helpedVolume(t)
+	said := helped(e, v, "rw", `
+		for options in rw strictatime allow_suid allow_dev allow_suid,allow_dev allow_suid,allow_dev,strictatime \
+			nodiratime noatime,ro sync dirsync noexec,nosuid,strictatime; do
+			mount -t fuse.kmsfs -o "$options" "$dir" "$mnt"
+			echo "$options: $(findmnt -no OPTIONS "$mnt" | sed "s/,user_id.*//")"
+			umount "$mnt"
+		done`)
+	require.Equal(t, `rw: rw,nosuid,nodev,relatime
+strictatime: rw,nosuid,nodev
+allow_suid: rw,nodev,relatime
+allow_dev: rw,nosuid,relatime
+allow_suid,allow_dev: rw,relatime
+allow_suid,allow_dev,strictatime: rw
+nodiratime: rw,nosuid,nodev,nodiratime,relatime
+noatime,ro: ro,nosuid,nodev,noatime
+sync: rw,nosuid,nodev,relatime,sync
+dirsync: rw,nosuid,nodev,relatime,dirsync
+noexec,nosuid,strictatime: rw,nosuid,nodev,noexec
+`, said)
+}
+
 // TestMountHelperOptions: what fstab says arrives, a wrong word in it is refused, and
 // so is what would lose data or is not there.
 func TestMountHelperOptions(t *testing.T) {

@@ -56,7 +56,8 @@ let mount(8), umount(8), /etc/fstab and systemd handle volumes:
   DIR MOUNTPOINT fuse.kmsfs noauto,x-systemd.automount,_netdev,allow_other 0 0
 
 There the options key=KEY, accept_key=KEY, accept_new, config=FILE and log_file=FILE
-stand for the flags of these names.` + statuses(0, 1, 2, 3, 4, 6),
+stand for the flags of these names, and allow_suid and allow_dev for suid and dev,
+which mount(8) keeps to itself.` + statuses(0, 1, 2, 3, 4, 6),
 		Args: exactly(2, "DIR and MOUNTPOINT"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if f.remounts() {
@@ -159,7 +160,7 @@ func (m *mounting) unlock(ctx context.Context) (err error) {
 	if m.ring, err = m.openTrusted(ctx, m.v, m.provider, ask); err != nil {
 		return err
 	}
-	if m.replay, err = lockAndReplay(ctx, m.v, "mount on "+m.point); err == nil {
+	if m.replay, err = lockAndReplay(ctx, m.v, mountOwner+m.point); err == nil {
 		// A rekey between reading kmsfs.toml and taking the lock found no mount to
 		// tell: read it again, and judge as before.
 		_, err = m.reload(ctx)

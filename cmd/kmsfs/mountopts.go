@@ -82,6 +82,8 @@ func switches(m *config.Mount) map[string]func() {
 		"allow_other": on(&m.AllowOther, true),
 		"suid":        on(&m.Suid, true), "nosuid": on(&m.Suid, false),
 		"dev": on(&m.Dev, true), "nodev": on(&m.Dev, false),
+		// mount(8) doesn't hand on suid and dev, its own defaults: these are for fstab.
+		"allow_suid": on(&m.Suid, true), "allow_dev": on(&m.Dev, true),
 		"nonempty": on(&m.NonEmpty, true),
 		"debug":    on(&m.Debug, true),
 	}

@@ -2,6 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
 
 	"kmsfs/volume"
 )
@@ -10,11 +16,42 @@ import (
 // that a daemon was killed in. Whoever takes the lock must do so: the slots count for
 // the next session only.
 func lockAndReplay(ctx context.Context, v *volume.Volume, owner string) (volume.Replay, error) {
-	if err := v.Lock(owner); err != nil {
+	if err := lockAfterUnmount(v, owner); err != nil {
 		return volume.Replay{}, err
 	}
 	return v.ReplaySlots(ctx, volume.SlotDir), nil
 }
+
+// lockAfterUnmount waits for a daemon whose mount is gone and that still writes what
+// it has: umount(8) does not, and "umount M && mount M" is what people write.
+func lockAfterUnmount(v *volume.Volume, owner string) error {
+	for deadline := time.Now().Add(controlDial); ; time.Sleep(controlAgain) {
+		err := v.Lock(owner)
+		var locked *volume.LockedError
+		if !errors.As(err, &locked) || !ending(locked) || time.Now().After(deadline) {
+			return err
+		}
+	}
+}
+
+// ending says whether the holder is a mount that is not mounted any more, or not yet.
+func ending(l *volume.LockedError) bool {
+	h := l.Holder
+	if h == nil || !here(h) || !strings.HasPrefix(h.Owner, mountOwner) {
+		return false
+	}
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", h.PID)) // it may have a mount namespace of its own
+	if err != nil {
+		return errors.Is(err, os.ErrNotExist)
+	}
+	return !slices.ContainsFunc(parseMountinfo(string(text)), func(m mountEntry) bool {
+		return m.isKmsfs() && mountOwner+m.point == h.Owner
+	})
+}
+
+// mountOwner begins what a mount says that it holds the lock for; its mountpoint
+// follows.
+const mountOwner = "mount on "
 
 // logReplay says what became of the writes of a mount that was killed.
 func (m *mounting) logReplay() {
