@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -30,14 +31,14 @@ var backings = map[string][]string{
 	"xfs":  {"mkfs.xfs", "-q", "-f"},
 }
 
-// disk makes a file system in a file and mounts it.
-func disk(t *testing.T, e *harness.Env, kind string, size int64) string {
+// disk makes a file system in a file, with further options of mkfs, and mounts it.
+func disk(t *testing.T, e *harness.Env, kind string, size int64, options ...string) string {
 	t.Helper()
 	image, dir := filepath.Join(e.Root, kind+".img"), e.Mkdir(kind)
 	require.NoError(t, os.WriteFile(image, nil, 0o600))
 	require.NoError(t, os.Truncate(image, size))
-	mkfs := backings[kind]
-	e.Do(mkfs[0], append(mkfs[1:len(mkfs):len(mkfs)], image)...)
+	mkfs := slices.Concat(backings[kind], options, []string{image})
+	e.Do(mkfs[0], mkfs[1:]...)
 	e.Do("mount", "-o", "loop", image, dir)
 	t.Cleanup(func() {
 		out, err := exec.Command("umount", dir).CombinedOutput()
