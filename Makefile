@@ -41,8 +41,8 @@ bench-rekey: setup ## headers a second and peak memory of a rekey, beside a mini
 rekey-kills: setup ## kill -9 a rekey KILLS (100) times among FILES (20000) files, on KEYS (local or kmstest) keys
 	KMSFS_TEST_KILLS=$(or $(KILLS),100) KMSFS_TEST_FILES=$(or $(FILES),20000) KMSFS_TEST_KEYS=$(or $(KEYS),local) go test -count=1 -timeout 180m -v -run TestRekeyKilledAnywhere ./integration
 
-posix: setup ## POSIX suites on mounts, at length, then counts side by side with other file systems (PJDFSTEST=DIR of a built pjdfstest)
-	scripts/setup.sh posix && go test -count=1 -timeout 60m ./integration/posix -exercise 30000 && go run ./integration/sidebyside
+posix: setup ## POSIX suites on mounts, at length, then counts side by side with other file systems (PJDFSTEST=DIR, XFSTESTS=DIR: built ones)
+	scripts/setup.sh posix && go test -count=1 -timeout 180m ./integration/posix -exercise 30000 && go run ./integration/sidebyside
 
 apps: setup ## PostgreSQL, SQLite, git, a parallel build, rsync, stress-ng on a mount, at length
 	go test -count=1 -timeout 60m ./integration/apps -apps.time 60s && go test -count=1 -run 'TestGit|TestSQLite|TestRsync|TestTar|TestSed|TestSparse|TestDd' ./integration

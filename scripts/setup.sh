@@ -25,6 +25,8 @@ if [ "$what" = posix ]; then
 	need gocryptfs gocryptfs
 	need prove perl
 	need openssl openssl # pjdfstest makes names with it
+	need bc bc           # and xfstests wants these two
+	need mkfs.xfs xfsprogs
 fi
 if [ "$what" = test ]; then
 	need setfacl acl

@@ -3,11 +3,13 @@
 // itself, kmsfs with plain and with encrypted names, go-fuse's loopback (what a FUSE
 // file system that changes nothing passes), and gocryptfs.
 //
-//	go run ./integration/sidebyside [-dir DIR] [-pjdfstest DIR] [-only kmsfs]
+//	go run ./integration/sidebyside [-dir DIR] [-pjdfstest DIR] [-xfstests DIR] [-only kmsfs]
 //
 // The suites are the scenes of integration/posix, go-fuse's posixtest, and pjdfstest
-// if a built one is given. It runs as root. Failures of the suites are counted and
-// logged, and are this command's failure only where kmsfs is worse than allowed.
+// and xfstests if built ones are given. It runs as root. Failures of the suites are
+// counted and logged, and are this command's failure only where kmsfs is worse than
+// allowed. Of xfstests the generic quick group is run, with both its devices, on ext4
+// and on xfs beneath; of its failures on kmsfs each has its reason in departures.go.
 package main
 
 import (
@@ -30,6 +32,10 @@ func main() {
 func run() error {
 	parent := flag.String("dir", "", "where to work: on the backing file system in question (default: a temporary directory)")
 	pjdfstest := flag.String("pjdfstest", os.Getenv("PJDFSTEST"), "a built pjdfstest's directory (default: $PJDFSTEST; without one it is left out)")
+	xfstests := flag.String("xfstests", os.Getenv("XFSTESTS"), "a built xfstests' directory (default: $XFSTESTS; without one it is left out)")
+	checkArgs := flag.String("check", "-fuse -g quick", "what of xfstests to run: arguments of its check")
+	beneath := flag.String("beneath", "ext4,xfs", "the file systems that xfstests' devices lie on")
+	alone := flag.Bool("xfstests-only", false, "leave out the other suites")
 	only := flag.String("only", "", "only the file systems whose names hold this")
 	logs := flag.String("logs", "", "where to keep what the suites say (default: they are removed)")
 	flag.Parse()
@@ -42,7 +48,18 @@ func run() error {
 	if err != nil {
 		return err
 	}
+	if *alone {
+		list = nil
+	}
+	var backings []string
+	if *xfstests != "" {
+		if *xfstests, err = builtXfstests(*xfstests); err != nil {
+			return err
+		}
+		backings = strings.Split(*beneath, ",")
+	}
 	var rows []row
+	var bad error
 	for _, fs := range fileSystems {
 		if !strings.Contains(fs.name, *only) {
 			continue
@@ -51,32 +68,65 @@ func run() error {
 		if err != nil {
 			return fmt.Errorf("%s: %w", fs.name, err)
 		}
+		r.xfstests = map[string]count{}
+		for _, backing := range backings {
+			if fs.device == nil {
+				continue
+			}
+			fmt.Fprintln(os.Stderr, "sidebyside: xfstests on", fs.name, "on", backing)
+			v, err := w.xfstests(fs, *xfstests, backing, strings.Fields(*checkArgs))
+			if err != nil {
+				return fmt.Errorf("%s: %w", fs.name, err)
+			}
+			if fs.ours {
+				bad = errors.Join(bad, named(fs.name, v.judge(backing)))
+			}
+			r.xfstests[backing] = v.count()
+		}
 		rows = append(rows, r)
 	}
-	show(list, rows)
-	return judge(list, rows)
+	show(list, backings, rows)
+	return errors.Join(bad, judge(list, rows))
+}
+
+func named(name string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s:\n%w", name, err)
 }
 
 // A row is what the suites say of one file system.
 type row struct {
-	fs     fileSystem
-	counts []count
+	fs       fileSystem
+	counts   []count
+	xfstests map[string]count // by backing store
 }
 
 // A count is the end of one suite on one file system.
 type count struct{ passed, failed int }
 
-func show(list []suite, rows []row) {
+func show(list []suite, backings []string, rows []row) {
 	out := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprint(out, "failed of all")
 	for _, s := range list {
 		fmt.Fprintf(out, "\t%s", s.name)
+	}
+	for _, backing := range backings {
+		fmt.Fprintf(out, "\txfstests on %s", backing)
 	}
 	fmt.Fprintln(out)
 	for _, r := range rows {
 		fmt.Fprint(out, r.fs.name)
 		for _, c := range r.counts {
 			fmt.Fprintf(out, "\t%d of %d", c.failed, c.passed+c.failed)
+		}
+		for _, backing := range backings {
+			if c, tried := r.xfstests[backing]; tried {
+				fmt.Fprintf(out, "\t%d of %d", c.failed, c.passed+c.failed)
+			} else {
+				fmt.Fprint(out, "\t-")
+			}
 		}
 		fmt.Fprintln(out)
 	}
