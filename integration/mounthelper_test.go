@@ -129,13 +129,21 @@ func TestRemount(t *testing.T) {
 		cat "$mnt/file"
 		mount -o remount,rw,noexec "$mnt"
 		findmnt -no OPTIONS "$mnt" | tr , "\n" | grep -E "exec|suid|dev|^r[ow]$"
+		umount "$mnt"
+		mount -t fuse.kmsfs -o allow_suid,allow_dev,noexec "$dir" "$mnt"
+		mount -o remount,ro "$mnt"
+		findmnt -no OPTIONS "$mnt" | sed "s/,user_id.*//"
+		mount -o remount,rw,exec,nodev "$mnt"
+		findmnt -no OPTIONS "$mnt" | sed "s/,user_id.*//"
+		mount -o remount,rw "$mnt"
+		findmnt -no OPTIONS "$mnt" | sed "s/,user_id.*//"
 		exec 3>>"$mnt/file"
 		refused umount "$mnt" >/dev/null
 		umount -l "$mnt"
 		refused mountpoint -q "$mnt"
 		echo after >&3
 		exec 3>&-`)
-	require.Equal(t, "before\nrw\nnosuid\nnodev\nnoexec\n", said)
+	require.Equal(t, "before\nrw\nnosuid\nnodev\nnoexec\nro,noexec,relatime\nrw,nodev,relatime\nrw,nodev,relatime\n", said)
 	require.Eventually(t, func() bool { return len(v.Daemons()) == 0 }, time.Minute, 50*time.Millisecond, "the last user of a detached mount is gone")
 	v.Mount()
 	require.Equal(t, "before\nafter\n", e.Do("cat", v.Path("file")))

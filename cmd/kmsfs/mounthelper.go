@@ -145,23 +145,37 @@ func (p *program) remount(ctx context.Context, f *mountFlags, arg string) error 
 	if m == nil || !m.isKmsfs() {
 		return fail(exitMount, "", "%s is not a kmsfs mountpoint", point)
 	}
-	flags := uintptr(unix.MS_REMOUNT | unix.MS_NOSUID | unix.MS_NODEV)
-	for _, o := range strings.Split(strings.Join(f.options, ","), ",") {
-		switch o {
-		case "suid":
-			flags &^= unix.MS_NOSUID
-		case "dev":
-			flags &^= unix.MS_NODEV
-		}
-		flags |= remountFlags[o]
+	flags, err := remountTo(point, strings.Split(strings.Join(f.options, ","), ","))
+	if err != nil {
+		return fail(exitMount, "", "remounting %s: %w", point, err)
 	}
 	if flags&unix.MS_RDONLY == 0 && servedReadOnly(ctx, m.source, point) {
 		return fail(exitMount, "unmount it and mount it again", "%s was mounted read-only, and its daemon can't write", point)
 	}
-	if err := unix.Mount(m.source, point, "fuse.kmsfs", flags, ""); err != nil {
+	if err := unix.Mount(m.source, point, m.kind, flags, ""); err != nil {
 		return fail(exitMount, "", "remounting %s: %w", point, os.NewSyscallError("mount", err))
 	}
 	return nil
+}
+
+// remountTo are the flags that a mount gets. What mount(8) does not name is off, but for
+// suid and dev, which it never names: they stay as they are unless somebody says so.
+func remountTo(point string, options []string) (flags uintptr, err error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(point, &st); err != nil {
+		return 0, os.NewSyscallError("statfs", err)
+	}
+	flags = unix.MS_REMOUNT | uintptr(st.Flags)&(unix.MS_NOSUID|unix.MS_NODEV) // ST_NOSUID and ST_NODEV are the same bits
+	for _, o := range options {
+		switch o {
+		case "suid", "allow_suid":
+			flags &^= unix.MS_NOSUID
+		case "dev", "allow_dev":
+			flags &^= unix.MS_NODEV
+		}
+		flags |= remountFlags[o]
+	}
+	return flags, nil
 }
 
 // servedReadOnly asks the daemon how it was mounted.
