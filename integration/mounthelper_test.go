@@ -70,6 +70,26 @@ func TestMountAgain(t *testing.T) {
 	require.Equal(t, "1\nchecked\n", said)
 }
 
+// TestUmountBind: a bind mount of a directory ends alone, and the mount that it was
+// made of may end before it; the daemon serves until both are gone.
+func TestUmountBind(t *testing.T) {
+	e, v := helpedVolume(t)
+	said := helped(e, v, "_netdev", `
+		mkdir "$root/bind"
+		mount -T "$root/fstab" "$mnt"
+		mkdir "$mnt/dir"
+		mount --bind "$mnt/dir" "$root/bind"
+		umount "$root/bind"
+		echo one >"$mnt/dir/file"
+		mount --bind "$mnt/dir" "$root/bind"
+		kmsfs umount "$mnt"
+		cat "$root/bind/file"
+		kmsfs umount "$root/bind"
+		refused mountpoint -q "$root/bind"`)
+	require.Equal(t, "one\n", said)
+	require.Empty(t, v.Daemons(), "the last umount waits")
+}
+
 // TestMountFlags: every option about times, set-user-ID and devices that mount(8) has
 // arrives in the kernel, alone or with others.
 func TestMountFlags(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"time"
 
@@ -57,6 +58,9 @@ func (p *program) umount(ctx context.Context, arg string, lazy bool) error {
 	if err := unmountPoint(point, stale || lazy); err != nil || lazy {
 		return err
 	}
+	if elsewhere, err := isMounted(m.device); err != nil || elsewhere {
+		return err // a bind mount, or what it was made of: the daemon goes on
+	}
 	return waitForDaemon(daemon, m.source)
 }
 
@@ -77,6 +81,12 @@ func findDaemon(ctx context.Context, dir, point string) int {
 		return -1
 	}
 	return fd
+}
+
+// isMounted says whether a file system is mounted anywhere.
+func isMounted(device string) (bool, error) {
+	list, err := mounts()
+	return slices.ContainsFunc(list, func(m mountEntry) bool { return m.device == device }), err
 }
 
 // statusAt asks the daemon that serves a mount of dir on point.

@@ -65,8 +65,8 @@ func (w *world) xfstests(fs fileSystem, suite, backing string, args []string) (v
 		return v, fmt.Errorf("xfstests on %s: %w:\n%s", backing, err, tail(said))
 	}
 	if w.logs != "" {
-		results := os.DirFS(filepath.Join(work, "results"))
-		if err := os.CopyFS(filepath.Join(w.logs, fs.short+".xfstests."+backing), results); err != nil {
+		keep := filepath.Join(w.logs, fs.short+".xfstests."+backing)
+		if err := errors.Join(os.RemoveAll(keep), os.CopyFS(keep, os.DirFS(filepath.Join(work, "results")))); err != nil {
 			return v, err
 		}
 	}
