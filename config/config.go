@@ -16,10 +16,12 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -69,6 +71,7 @@ type Mount struct {
 	Options      []string `toml:"options"`       // handed to the kernel: noexec, noatime
 	AcceptNew    bool     `toml:"accept_new"`
 	LogFile      string   `toml:"log_file"` // "" = syslog
+	Metrics      string   `toml:"metrics"`  // HOST:PORT, :PORT on loopback, or unix:PATH; "" = none
 	Debug        bool     `toml:"debug"`
 }
 
@@ -223,6 +226,10 @@ func (c *Config) problems() (list []string) {
 	bad(c.Rekey.Jobs < 1 || c.Rekey.Jobs > 1024, "rekey.jobs is 1 to 1024, not %d", c.Rekey.Jobs)
 	bad(c.Rekey.MaxRPS < 0, "rekey.max_rps can't be negative")
 	bad(c.Mount.LogFile != "" && !filepath.IsAbs(c.Mount.LogFile), "mount.log_file must be an absolute path, not %q", c.Mount.LogFile)
+	if c.Mount.Metrics != "" {
+		_, _, err := MetricsAddress(c.Mount.Metrics)
+		bad(err != nil, "mount.metrics: %v", err)
+	}
 	bad(c.Keyring != "" && !filepath.IsAbs(c.Keyring), "keyring must be an absolute path, not %q", c.Keyring)
 	for id, v := range c.Volume {
 		bad(!isVolumeID(id), "volume.%q is not a volume id (32 lower-case hexadecimal digits)", id)
@@ -231,6 +238,24 @@ func (c *Config) problems() (list []string) {
 		}
 	}
 	return list
+}
+
+// MetricsAddress is where to listen for who wants metrics: "tcp" and HOST:PORT, or "unix"
+// and an absolute path. Without a host that is loopback: nothing is shown to a network
+// unless it is asked for.
+func MetricsAddress(s string) (network, address string, err error) {
+	if path, is := strings.CutPrefix(s, "unix:"); is && filepath.IsAbs(path) {
+		return "unix", path, nil
+	}
+	host, port, err := net.SplitHostPort(s)
+	n, errPort := strconv.ParseUint(port, 10, 16)
+	if err != nil || errPort != nil {
+		return "", "", fmt.Errorf("metrics are served on HOST:PORT, :PORT or unix:/PATH, not on %q", s)
+	}
+	if host == "" {
+		host = "127.0.0.1"
+	}
+	return "tcp", net.JoinHostPort(host, strconv.FormatUint(n, 10)), nil
 }
 
 func isAccount(s string) bool {

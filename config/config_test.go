@@ -78,6 +78,26 @@ func TestLaterFilesOverrideEarlier(t *testing.T) {
 	require.Equal(t, "encrypted", c.Init.Names)
 }
 
+// Without a host metrics are for this machine only.
+func TestMetricsAddress(t *testing.T) {
+	for in, want := range map[string][2]string{
+		":9100":                {"tcp", "127.0.0.1:9100"},
+		"localhost:0":          {"tcp", "localhost:0"},
+		"[::1]:9100":           {"tcp", "[::1]:9100"},
+		"0.0.0.0:9100":         {"tcp", "0.0.0.0:9100"},
+		"unix:/run/kmsfs/m":    {"unix", "/run/kmsfs/m"},
+		"unix:/run/with:colon": {"unix", "/run/with:colon"},
+	} {
+		network, address, err := MetricsAddress(in)
+		require.NoError(t, err, in)
+		require.Equal(t, want, [2]string{network, address})
+	}
+	for _, bad := range []string{"", "9100", "localhost", ":", ":http", ":99999", "::1:9100", "unix:", "unix:relative", "/run/m"} {
+		_, _, err := MetricsAddress(bad)
+		require.Error(t, err, bad)
+	}
+}
+
 func TestFaults(t *testing.T) {
 	id := strings.Repeat("a", 32)
 	for name, tc := range map[string]struct{ text, want string }{
@@ -87,6 +107,7 @@ func TestFaults(t *testing.T) {
 		"wrong type":         {"\n[mount]\nread_only = 'yes'\n", "c.toml:3:"},
 		"syntax":             {"[mount\n", "c.toml:1:"},
 		"duration":           {"[kms]\ndeadline = 'soon'\n", "is not a duration"},
+		"metrics":            {"[mount]\nmetrics = '9100'\n", "mount.metrics: metrics are served on"},
 		"negative duration":  {"[kms]\ndeadline = '-1s'\n", "is not a duration"},
 		"values, first":      {"[init]\nnames = 'x'\nblock_size = 5000\n", "init.names"},
 		"values, second":     {"[init]\nnames = 'x'\nblock_size = 5000\n", "init.block_size"},

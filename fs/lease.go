@@ -272,7 +272,7 @@ func (fs *fileSystem) invalidate(list []barred) {
 		jobs.SetLimit(drainJobs)
 		for _, x := range list {
 			if n := x.file.node.Load(); n != nil {
-				jobs.Go(func() error { n.NotifyContent(0, 0); return nil })
+				jobs.Go(func() error { n.dropPages(); return nil })
 			}
 		}
 		_ = jobs.Wait()
@@ -312,7 +312,7 @@ func (fs *fileSystem) dropClosed(n *node) {
 	if under := n.under.Load(); under != nil && fs.ended(*under) != nil {
 		n.under.Store(nil)
 		n.seen.Store(nil)
-		n.NotifyContent(0, 0)
+		n.dropPages()
 	}
 	for _, c := range n.Children() {
 		if c, is := c.Operations().(*node); is {
@@ -438,8 +438,15 @@ func (f *file) heal(ctx context.Context) error {
 // it shows pages that it could not write as if it had.
 func (f *file) refresh() {
 	if n := f.node.Load(); n != nil && f.bar.Load() == nil && f.stale.Swap(false) {
-		n.NotifyContent(0, 0)
+		n.dropPages()
 	}
+}
+
+// dropPages has the kernel write out and drop what it keeps of the file's contents. It
+// may wait for requests, so no lock is held.
+func (n *node) dropPages() {
+	n.fs.stats.invalidations.Add(1)
+	n.NotifyContent(0, 0)
 }
 
 // Regovern notes on which leases open files depend now. A rekey calls it on a live

@@ -154,7 +154,8 @@ func (s *Server) mount() error {
 		Logger:          fuseOpts.Logger,
 		RootStableAttr:  &fusefs.StableAttr{Ino: fs.inoOf(id), Gen: uint64(id.born)},
 	})
-	server, err := fuse.NewServer(&rawFS{RawFileSystem: raw, used: &fs.used, umask: fs.acl}, fs.opts.Mountpoint, &fuseOpts)
+	seen := &rawFS{RawFileSystem: raw, used: &fs.used, umask: fs.acl}
+	server, err := fuse.NewServer(&countingFS{seen, &fs.stats.answers}, fs.opts.Mountpoint, &fuseOpts)
 	if err != nil {
 		return err
 	}
@@ -275,6 +276,7 @@ func (fs *fileSystem) fuseLogger() *log.Logger { return log.New(slogWriter{fs.op
 
 // panicked turns a bug in a handler into one failed request.
 func (fs *fileSystem) panicked(reason any) fuse.Status {
+	fs.stats.answers.panics.Add(1)
 	fs.opts.Logger.Error("a request failed by a bug in kmsfs; please report it", "panic", reason, "stack", string(debug.Stack()))
 	return fuse.EIO
 }

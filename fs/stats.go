@@ -24,11 +24,19 @@ type Stats struct {
 	Healed    int64         // times one was allowed to go on
 	Syncs     int64         // times the backing store was synced on our own initiative
 	Errors    map[string]int64
+
+	Requests                []RequestCount // of the kernel, by kind and answer
+	BytesRead, BytesWritten int64          // of plaintext, by READ, WRITE and COPY_FILE_RANGE
+	Damaged                 int64          // requests answered EBADMSG
+	Panics                  int64          // requests that failed by a bug
+	Invalidations           int64          // times the kernel was told in the background to drop a file's pages
 }
 
 type stats struct {
 	opens, creates, keyOpens, keyFresh, keyRenews, settles, syncs, wiped, healed atomic.Int64
+	invalidations                                                                atomic.Int64
 	keyWait                                                                      atomic.Int64 // ns
+	answers                                                                      answers
 
 	mu     sync.Mutex
 	errors map[syscall.Errno]int64 // guarded by mu
@@ -68,7 +76,10 @@ func (s *Server) Stats() Stats {
 		Wiped:     st.wiped.Load(),
 		Healed:    st.healed.Load(),
 		Errors:    make(map[string]int64),
+
+		Invalidations: st.invalidations.Load(),
 	}
+	st.answers.addTo(&out)
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	for errno, n := range st.errors {

@@ -247,9 +247,11 @@ func (r *Ring) Close() {
 
 // Stats are counters since the ring was made.
 type Stats struct {
-	Calls    map[string]int64 // of the key service, by operation
-	Failures map[string]int64 // of those, by kind of failure
-	CallTime time.Duration    // spent in them, summed
+	Calls    map[string]int64   // of the key service, by operation
+	Failures map[string]int64   // of those, by kind of failure
+	CallTime time.Duration      // spent in them, summed
+	ByKey    []CallCount        // the calls by operation, key and result
+	Latency  map[string]Latency // of the calls, by operation
 
 	CacheHits, CacheMisses int64
 	CacheKeys              int   // remembered now

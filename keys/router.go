@@ -11,8 +11,18 @@ import (
 type router struct{ aws, local Provider }
 
 // NewRouter makes one Provider of two. Either may be nil: its keys are then
-// refused (a configuration with require_kms has no local provider).
+// refused (a configuration with require_kms has no local provider). The Provider has
+// a method Requests, as AWS does, to be found by assertion.
 func NewRouter(aws, local Provider) Provider { return &router{aws: aws, local: local} }
+
+// Requests is the number of requests sent to AWS KMS so far, by operation, retries
+// included: what KMS bills, and counts against its quota.
+func (r *router) Requests() map[string]int64 {
+	if a, ok := r.aws.(interface{ Requests() map[string]int64 }); ok {
+		return a.Requests()
+	}
+	return nil
+}
 
 func (r *router) pick(op, key string) (Provider, error) {
 	p, what := r.aws, "AWS KMS"

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"os/signal"
 	"strings"
@@ -47,7 +48,7 @@ Mount options (-o): ro, rw, allow_other, suid, dev (root only), nonempty, debug,
 writeback=on|off, lease=DURATION, grace=DURATION, idle_unmount=DURATION,
 attr_timeout=DURATION, entry_timeout=DURATION, kms_deadline=DURATION,
 create_wait=DURATION, cache_age=DURATION, cache_keys=N,
-pool=N, noexec, noatime. Each stands in the configuration file too. With remount the
+pool=N, metrics=ADDR, noexec, noatime. Each stands in the configuration file too. With remount the
 options ro, rw, noexec, noatime and the like of a mount are changed.
 
 A link of the name /sbin/mount.fuse.kmsfs to kmsfs, and one of /sbin/umount.fuse.kmsfs,
@@ -133,7 +134,11 @@ func (m *mounting) serve(ctx context.Context, dir, point string) (err error) {
 	m.logReplay()
 	m.openSlots()
 	defer m.slots.Close()
-	return m.mounted()
+	listener, err := m.listenMetrics()
+	if err != nil {
+		return err
+	}
+	return m.mounted(listener)
 }
 
 // places makes both paths real and refuses a mountpoint that can't be.
@@ -210,8 +215,11 @@ func (m *mounting) reload(ctx context.Context) ([]string, error) {
 	return d.Trusted, nil
 }
 
-// mounted mounts, serves and cleans up.
-func (m *mounting) mounted() (err error) {
+// mounted mounts, serves and cleans up. metrics is where they are to be had, or nil.
+func (m *mounting) mounted(metrics net.Listener) (err error) {
+	if metrics != nil {
+		defer metrics.Close()
+	}
 	// Before there is a mount: a signal between mounting and listening for it
 	// would leave a dead mountpoint.
 	signals := make(chan os.Signal, 1)
@@ -227,6 +235,7 @@ func (m *mounting) mounted() (err error) {
 	if m.device, err = deviceOf(m.point); err != nil {
 		return &failure{status: exitMount, err: err}
 	}
+	defer m.serveMetrics(metrics)()
 	control, err := m.listen()
 	if err == nil {
 		defer control.Close()

@@ -16,7 +16,7 @@ import (
 type mountFlags struct {
 	foreground, readOnly, allowOther, acceptNew bool
 	keys, accept, options                       []string
-	logFile                                     string
+	logFile, metrics                            string
 	lease, grace, idleUnmount                   time.Duration
 }
 
@@ -32,6 +32,7 @@ func (f *mountFlags) register(cmd *cobra.Command) {
 	fl.DurationVar(&f.lease, "lease", 0, "ask KMS every `DURATION` whether data keys may still be used (default 1m)")
 	fl.DurationVar(&f.grace, "grace", 0, "go on for `DURATION` while KMS does not answer (default 15m; 0: not at all)")
 	fl.DurationVar(&f.idleUnmount, "idle-unmount", 0, "unmount when nothing was open or used for `DURATION`")
+	fl.StringVar(&f.metrics, "metrics", "", "serve Prometheus metrics on `ADDR`: :PORT on loopback, HOST:PORT, or unix:/PATH")
 	fl.StringVar(&f.logFile, "log-file", "", "log of a mount in the background, in place of syslog: `FILE`")
 }
 
@@ -61,11 +62,19 @@ func (f *mountFlags) fill(cmd *cobra.Command, c *config.Config) error {
 	if cmd.Flags().Changed("log-file") {
 		c.Mount.LogFile = f.logFile
 	}
+	if cmd.Flags().Changed("metrics") {
+		c.Mount.Metrics = f.metrics
+	}
 	for _, list := range f.options {
 		for _, o := range strings.Split(list, ",") {
 			if err := mountOption(c, strings.TrimSpace(o)); err != nil {
 				return err
 			}
+		}
+	}
+	if c.Mount.Metrics != "" {
+		if _, _, err := config.MetricsAddress(c.Mount.Metrics); err != nil {
+			return &failure{status: exitUsage, err: err}
 		}
 	}
 	if (c.Mount.Suid || c.Mount.Dev) && os.Geteuid() != 0 {
@@ -134,6 +143,8 @@ func valueOption(c *config.Config, name, value string) error {
 			return usage("mount option %s wants a number, not %q", name, value)
 		}
 		*counts[name] = n
+	case name == "metrics":
+		c.Mount.Metrics = value
 	case name == "writeback" && (value == "on" || value == "off"):
 		c.Mount.Writeback = value == "on"
 	case name == "writeback":

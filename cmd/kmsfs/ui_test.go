@@ -107,8 +107,8 @@ func TestEveryFlagHasItsKey(t *testing.T) {
 		"mount --foreground": "foreground", "mount --read-only": "read_only", "mount --allow-other": "allow_other",
 		"mount --key": "keys", "mount --accept-new": "accept_new", "mount --accept-key": "accept_keys", "mount --log-file": "log_file",
 		"mount --lease": "lease", "mount --grace": "grace", "mount --idle-unmount": "idle_unmount",
-		"mount --options": "", // each option has its own
-		"rekey --jobs":    "jobs", "rekey --max-rps": "max_rps", "rekey --accept-key": "accept_keys", "rekey --verify": "verify",
+		"mount --metrics": "metrics", "mount --options": "", // each option has its own
+		"rekey --jobs": "jobs", "rekey --max-rps": "max_rps", "rekey --accept-key": "accept_keys", "rekey --verify": "verify",
 		"import --jobs": "jobs", "import --max-rps": "max_rps", // of rekey
 		"fsck --jobs": "jobs", "fsck --max-rps": "max_rps", // of rekey
 		"fsck --key": "keys", "fsck --accept-new": "accept_new", "fsck --accept-key": "accept_keys",
@@ -139,11 +139,11 @@ func TestMountOptions(t *testing.T) {
 	c := config.Default()
 	for _, o := range []string{"ro", "allow_other", "suid", "dev", "nonempty", "debug", "writeback=off", "attr_timeout=3s", "entry_timeout=4s",
 		"kms_deadline=5s", "create_wait=1s", "cache_age=6s", "cache_keys=7", "pool=8", "noexec", "defaults", "_netdev", "x-systemd.automount", "x-a=b",
-		"lease=7s", "grace=0s", "idle_unmount=8s", "allow_suid", "allow_dev", "owner", "strictatime"} {
+		"lease=7s", "grace=0s", "idle_unmount=8s", "metrics=:9100", "allow_suid", "allow_dev", "owner", "strictatime"} {
 		require.NoError(t, mountOption(c, o), o)
 	}
 	s := config.Duration(time.Second)
-	require.Equal(t, config.Mount{ReadOnly: true, AllowOther: true, Suid: true, Dev: true, NonEmpty: true, Debug: true, AttrTimeout: 3 * s, EntryTimeout: 4 * s, Lease: 7 * s, IdleUnmount: 8 * s, Options: []string{"noexec", "strictatime"}}, c.Mount)
+	require.Equal(t, config.Mount{ReadOnly: true, AllowOther: true, Suid: true, Dev: true, NonEmpty: true, Debug: true, AttrTimeout: 3 * s, EntryTimeout: 4 * s, Lease: 7 * s, IdleUnmount: 8 * s, Metrics: ":9100", Options: []string{"noexec", "strictatime"}}, c.Mount)
 	require.Equal(t, config.KMS{Deadline: 5 * s, CreateWait: s, CacheAge: 6 * s, CacheKeys: 7, Pool: 8}, c.KMS)
 	require.NoError(t, mountOption(c, "rw"))
 	require.NoError(t, mountOption(c, "nosuid"))

@@ -35,6 +35,15 @@ func (p *program) version() error {
 	return nil
 }
 
+// programVersion is the version alone.
+func programVersion() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return orUnknown("")
+	}
+	return orUnknown(info.Main.Version)
+}
+
 func orUnknown(version string) string {
 	if version == "" {
 		return "(unknown version)"
