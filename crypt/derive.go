@@ -98,7 +98,7 @@ func derive(id Identity, key *Key) (*Secrets, error) {
 	}
 	var prk *Key
 	err = own.Use(func(raw []byte) error {
-		prk, err = NewKey(extract(raw, id.File[:]))
+		prk, err = NewKey(Extract(raw, id.File[:]))
 		return err
 	})
 	if err != nil {
@@ -108,10 +108,10 @@ func derive(id Identity, key *Key) (*Secrets, error) {
 	return &Secrets{id: id, key: own, prk: prk}, nil
 }
 
-// extract is HKDF-Extract, which is an HMAC, with SHA-256. The library's own leaves the
-// secret in the buffer of a hash that nobody can reach any more; here what follows it
-// takes its place.
-func extract(secret, salt []byte) []byte {
+// Extract is HKDF-Extract (RFC 5869), which is an HMAC, with SHA-256. The library's own
+// leaves the secret in the buffer of a hash that nobody can reach any more; here what
+// follows it takes its place. The caller clears the result, 32 bytes.
+func Extract(secret, salt []byte) []byte {
 	h := hmac.New(sha256.New, salt)
 	h.Write(secret)
 	prk := h.Sum(nil)

@@ -153,6 +153,6 @@ func TestExtractIsHKDF(t *testing.T) {
 		secret, salt := pattern(n+14, 1), pattern(16, byte(n))
 		want, err := hkdf.Extract(sha256.New, secret, salt)
 		require.NoError(t, err)
-		require.Equal(t, want, extract(secret, salt))
+		require.Equal(t, want, Extract(secret, salt))
 	}
 }

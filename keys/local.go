@@ -176,7 +176,9 @@ func wrapAAD(prefix []byte, ec EncryptionContext) []byte {
 // cipher derives the cipher of one blob.
 func (f *keyFile) cipher(salt []byte) (aead cipher.AEAD, err error) {
 	err = f.secret.Use(func(secret []byte) error {
-		k, err := hkdf.Key(sha256.New, secret, salt, wrapLabel, crypt.KeySize)
+		prk := crypt.Extract(secret, salt) // not hkdf.Key, which leaves the secret in memory
+		defer clear(prk)
+		k, err := hkdf.Expand(sha256.New, prk, wrapLabel, crypt.KeySize)
 		if err != nil {
 			return fmt.Errorf("deriving a wrapping key: %w", err)
 		}

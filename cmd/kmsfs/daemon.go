@@ -51,7 +51,7 @@ func (p *program) background() error {
 	child.ExtraFiles = []*os.File{w}
 	child.Env = append(os.Environ(), fmt.Sprintf("%s=%d", readyEnv, readyFD))
 	child.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	err = child.Start()
+	err = onConfinedThread(child.Start)
 	w.Close()
 	if err != nil {
 		return fmt.Errorf("starting the daemon: %w", err)

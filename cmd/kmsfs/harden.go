@@ -10,7 +10,7 @@ import (
 )
 
 // harden keeps the memory of a process that holds keys to itself: no core, no
-// ptrace by the same user, and no swap where the limits allow it. What could not
+// ptrace by the same user, no swap where the limits allow it, no idle privileges. What could not
 // be had is returned as warnings.
 func harden() (warnings []string) {
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
@@ -18,6 +18,9 @@ func harden() (warnings []string) {
 	}
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		warnings = append(warnings, fmt.Sprintf("other processes of this user may read this one's memory: %v", err))
+	}
+	if !confined() {
+		warnings = append(warnings, "this process has more privileges than it needs; take capabilities off the program's file (setcap -r)")
 	}
 	if err := lockMemory(); err != nil {
 		warnings = append(warnings, fmt.Sprintf("only the keys themselves are kept out of swap, buffers are not (%v); raise RLIMIT_MEMLOCK or encrypt the swap", err))

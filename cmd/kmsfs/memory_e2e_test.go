@@ -5,12 +5,15 @@ import (
 	"bytes"
 	"crypto/hkdf"
 	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -45,6 +48,16 @@ func dataKeyOf(t *testing.T, c *client, dir string) (secrets [][]byte) {
 	}))
 	require.Len(t, secrets, 2, "one file was expected")
 	return secrets
+}
+
+// localSecretOf is the secret of local:default, as it is and as its file has it.
+func localSecretOf(t *testing.T, c *client) [][]byte {
+	t.Helper()
+	words := strings.Fields(string(must(os.ReadFile(c.path("config/kmsfs/keys/default.key")))))
+	require.Len(t, words, 5)
+	raw, err := base64.StdEncoding.DecodeString(words[3])
+	require.NoError(t, err)
+	return [][]byte{raw, []byte(words[3])}
 }
 
 // inMemory counts the secrets that stand in the writable memory of a process.
@@ -90,9 +103,11 @@ func TestKeysLeaveMemory(t *testing.T) {
 	c.write(path, "contents")
 	c.ok("umount", point)
 	secrets := dataKeyOf(t, c, dir)
-	c.mount(dir, point, "-o", "cache_age=1s")
+	c.mount(dir, point, "-o", "cache_age=5s")
 	pid := daemonOf(t, dir)
 	require.Zero(t, inMemory(t, pid, secrets))
+	wrapping := localSecretOf(t, c) // the mount has used it to open the volume's key
+	require.Zero(t, inMemory(t, pid, wrapping), "the secret of the local key")
 
 	open, err := os.Open(path)
 	require.NoError(t, err)
@@ -101,11 +116,17 @@ func TestKeysLeaveMemory(t *testing.T) {
 	c.ok("lock", point)
 	require.Zero(t, inMemory(t, pid, secrets), "after lock")
 	require.NoError(t, open.Close())
+	eventually(t, "the daemon has heard of it", func() bool { // else unlock gives the file its key
+		var r volumeReport
+		require.NoError(t, json.Unmarshal([]byte(c.ok("status", "--json", dir).out), &r))
+		return r.Live.OpenFiles == 0
+	})
 	c.ok("unlock", point)
 	require.Zero(t, inMemory(t, pid, secrets))
 
 	c.reads(path, "contents")
 	require.Positive(t, inMemory(t, pid, secrets))
-	eventually(t, "the key expires", func() bool { return inMemory(t, pid, secrets) == 0 })
+	require.Zero(t, inMemory(t, pid, wrapping))
+	require.Eventually(t, func() bool { return inMemory(t, pid, secrets) == 0 }, time.Minute, 100*time.Millisecond, "the key expires")
 	c.ok("umount", point)
 }

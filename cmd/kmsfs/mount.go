@@ -71,6 +71,10 @@ which mount(8) keeps to itself.` + statuses(0, 1, 2, 3, 4, 6),
 			if !daemon && !p.cfg.Mount.Foreground {
 				return p.background()
 			}
+			if !daemon && !confined() && os.Getenv(againEnv) == "" {
+				return p.inForeground()
+			}
+			os.Unsetenv(againEnv)
 			m := &mounting{program: p, keys: f.keys, accept: f.accept, ready: ready}
 			return m.serve(cmd.Context(), args[0], args[1])
 		},
