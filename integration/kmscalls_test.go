@@ -16,6 +16,7 @@ import (
 // TestKMSCalls counts: listing, attributes, names and writes cost no KMS call; a
 // create or a first open costs at most one.
 func TestKMSCalls(t *testing.T) {
+	t.Parallel()
 	e := harness.New(t)
 	kms := e.KMS()
 	v := e.Init("volume", "--key", kms.NewKey())
@@ -91,6 +92,7 @@ func TestKMSCalls(t *testing.T) {
 // TestCreatesDoNotWaitForKMS: with a KMS that takes 25 ms for each call, a
 // thousand creates don't take 25 s, for keys are fetched ahead and in parallel.
 func TestCreatesDoNotWaitForKMS(t *testing.T) {
+	t.Parallel()
 	heavy(t)
 	e := harness.New(t)
 	kms := e.KMS()

@@ -83,6 +83,7 @@ func (f *faulty) openGoesOn(t *testing.T) {
 // of DESIGN section 5, in time; nothing else is disturbed; and it heals without a
 // remount.
 func TestKMSRefusalIsAnErrno(t *testing.T) {
+	t.Parallel()
 	inject := func(fault kmstest.Fault) func(*testing.T, *faulty) func() {
 		return func(_ *testing.T, f *faulty) func() { return f.kms.Inject(fault) }
 	}
@@ -158,6 +159,7 @@ func TestKMSRefusalIsAnErrno(t *testing.T) {
 
 // TestDefaultDeadline: nobody waits for ever for a KMS that never answers.
 func TestDefaultDeadline(t *testing.T) {
+	t.Parallel()
 	heavy(t)
 	f := newFaulty(t)
 	defer f.kms.Inject(kmstest.Fault{Hang: true})()
@@ -178,6 +180,7 @@ func oneOf(err error, list []error) bool {
 // TestCreateWithoutKMS: a create with an empty pool fails in time, with an errno,
 // and leaves no file behind; O_TRUNC of an existing file cuts nothing.
 func TestCreateWithoutKMS(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		fault kmstest.Fault
 		errno []error
@@ -219,8 +222,10 @@ func TestCreateWithoutKMS(t *testing.T) {
 // TestInterruptedOpen: Ctrl-C ends a program at once that waits for KMS, and the
 // next open gets the key.
 func TestInterruptedOpen(t *testing.T) {
+	t.Parallel()
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGKILL} {
 		t.Run(sig.String(), func(t *testing.T) {
+			t.Parallel()
 			f := newFaulty(t, "-o", "kms_deadline="+deadline.String())
 			lift := f.kms.Inject(kmstest.Fault{Hang: true})
 			cat := exec.Command("cat", f.Path("a"))
@@ -240,6 +245,7 @@ func TestInterruptedOpen(t *testing.T) {
 // TestMountStatus: mount and rekey say by their status and in words what KMS
 // said: the ARN, the region, the action.
 func TestMountStatus(t *testing.T) {
+	t.Parallel()
 	e := harness.New(t)
 	kms := e.KMS()
 	key := kms.NewKey()

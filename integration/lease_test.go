@@ -141,6 +141,7 @@ func TestDisablingAKeyClosesItsFiles(t *testing.T) {
 // TestWithdrawnPermissionCloses: a principal that may no longer decrypt loses what it
 // has open; one refusal alone changes nothing.
 func TestWithdrawnPermissionCloses(t *testing.T) {
+	t.Parallel()
 	l := newLeased(t, "15m")
 	for range 3 {
 		before := l.live().Leases[0].Checks
@@ -161,6 +162,7 @@ func TestWithdrawnPermissionCloses(t *testing.T) {
 // through a lapse of credentials, a KMS that fails and one that hangs, within the grace
 // period. (A journal beside it would be a new file, which needs a new key.)
 func TestDatabaseOutlivesCredentials(t *testing.T) {
+	t.Parallel()
 	l := newLeased(t, "15m")
 	for name, start := range map[string]func() (lift func()){
 		"credentials": func() func() {
@@ -231,6 +233,7 @@ func (db *database) end(statements string) string {
 // TestOutageEndsTheLease: beyond the grace period all is closed, and opens again when KMS
 // answers.
 func TestOutageEndsTheLease(t *testing.T) {
+	t.Parallel()
 	l := newLeased(t, "4s")
 	lift := l.kms.Inject(kmstest.Fault{Status: 503})
 	start := time.Now()
@@ -242,6 +245,7 @@ func TestOutageEndsTheLease(t *testing.T) {
 
 // TestStrictLease: with no grace, an outage of an interval is enough.
 func TestStrictLease(t *testing.T) {
+	t.Parallel()
 	l := newLeased(t, "0")
 	lift := l.kms.Inject(kmstest.Fault{Status: 503})
 	l.closes()
@@ -252,6 +256,7 @@ func TestStrictLease(t *testing.T) {
 // TestOtherKeysDenialChangesNothing: files have copies under two keys, and depend on the
 // first.
 func TestOtherKeysDenialChangesNothing(t *testing.T) {
+	t.Parallel()
 	l := newLeased(t, "15m")
 	second, first := l.key(0), l.kms.CreateKey("eu-west-1")
 	l.Env.Must("rekey", l.Dir, "--add", first, "--yes")
@@ -273,6 +278,7 @@ func TestOtherKeysDenialChangesNothing(t *testing.T) {
 
 // TestRekeyMovesTheLease: after a rekey what is open depends on the new key alone.
 func TestRekeyMovesTheLease(t *testing.T) {
+	t.Parallel()
 	l := newLeased(t, "15m")
 	old, next := l.key(0), l.kms.NewKey()
 	l.Env.Must("rekey", l.Dir, "--to", next, "--yes")
@@ -293,6 +299,7 @@ func TestRekeyMovesTheLease(t *testing.T) {
 // TestRenewalsOnTheServer: one Decrypt for each interval, not for each file; none when
 // nothing is open or cached.
 func TestRenewalsOnTheServer(t *testing.T) {
+	t.Parallel()
 	l := newLeased(t, "15m")
 	for i := range 30 {
 		require.NoError(t, os.WriteFile(l.Path(fmt.Sprint(i)), l.data[:5000], 0o600))

@@ -263,6 +263,7 @@ func TestShardedRekey(t *testing.T) {
 // files through the second while the first is down, without a remount; a first key
 // that says no is not gone around.
 func TestCopiesOutlastARegion(t *testing.T) {
+	t.Parallel()
 	e := harness.New(t)
 	kms := e.KMS()
 	old, next := kms.CreateKey(east), kms.CreateKey(west)
@@ -437,6 +438,7 @@ func TestRekeyObeysMaxRPS(t *testing.T) {
 // every file reads back with the old key out of reach. "make rekey-kills" runs it
 // long.
 func TestRekeyKilledAnywhere(t *testing.T) {
+	t.Parallel()
 	heavy(t)
 	kills, files := fromEnv(t, "KMSFS_TEST_KILLS", 5), fromEnv(t, "KMSFS_TEST_FILES", 1000)
 	for kind, start := range map[string]func(e *harness.Env) (keys [2]string, reach func(key string, yes bool)){
@@ -446,6 +448,7 @@ func TestRekeyKilledAnywhere(t *testing.T) {
 			continue
 		}
 		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
 			e := harness.New(t)
 			keys, reach := start(e)
 			killRekeys(t, e, keys, reach, kills, files)

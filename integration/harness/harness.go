@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -22,6 +23,17 @@ import (
 // above what any takes; a hang ends there and names itself.
 const commandLimit = 10 * time.Minute
 
+// parallel is how many of the tests that allow it run at a time, whatever the number of
+// processors: they are those that mostly wait, for deadlines and leases. Tests that make
+// namespaces, into which the others' mounts would be copied, and those that ask
+// moto_server, which answers one request after the other, don't allow it.
+const parallel = "6"
+
+func given(name string) (is bool) {
+	flag.Visit(func(f *flag.Flag) { is = is || f.Name == name })
+	return is
+}
+
 // shared is what Main prepares once for all tests of a binary.
 var shared struct {
 	dir   string // 0755: other users run the programs in it
@@ -34,6 +46,10 @@ var shared struct {
 func Main(m interface{ Run() int }) {
 	if name := os.Getenv(helperVariable); name != "" {
 		os.Exit(runHelper(name, os.Args[1:]))
+	}
+	flag.Parse()
+	if !given("test.parallel") {
+		_ = flag.Set("test.parallel", parallel)
 	}
 	status, err := setUp()
 	if err == nil {
