@@ -34,6 +34,7 @@ if [ "$what" = test ]; then
 	need git git
 	need tar tar
 	need setcap libcap2-bin
+	need systemd-analyze systemd
 	need setpriv util-linux
 	need mkfs.ext4 e2fsprogs
 	need mkfs.xfs xfsprogs

@@ -121,13 +121,19 @@ func needCapabilities(t *testing.T, point string) {
 	require.NoError(t, os.Chown(at("program"), someUser, someUser), "CAP_CHOWN")
 }
 
-// Each kept capability stands in SECURITY.md, with the same reason.
+// Each kept capability stands in SECURITY.md, with the same reason, and in the unit.
 func TestManualNamesTheCapabilities(t *testing.T) {
 	doc := string(must(os.ReadFile("../../SECURITY.md")))
 	for _, c := range keptCapabilities {
 		require.Contains(t, doc, fmt.Sprintf("| `%s` | %s |", c.name, c.why))
 	}
 	require.Equal(t, len(keptCapabilities), strings.Count(doc, "\n| `CAP_"))
+	var names []string
+	for _, c := range keptCapabilities {
+		names = append(names, c.name)
+	}
+	unit := string(must(os.ReadFile("../../deploy/kmsfs@.service")))
+	require.Contains(t, unit, "\nCapabilityBoundingSet="+strings.Join(names, " ")+"\n")
 }
 
 // TestUsersDaemonHasNoCapabilities: not even those that the user's shell had as ambient

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -107,4 +108,22 @@ func detach(logFile string) error {
 		}
 	}
 	return os.Chdir("/")
+}
+
+// notifyReady tells systemd, if that has started us and asked for it (sd_notify(3)).
+func notifyReady() error {
+	name := os.Getenv("NOTIFY_SOCKET")
+	if name == "" {
+		return nil
+	}
+	os.Unsetenv("NOTIFY_SOCKET") // what we execute has nothing to say
+	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: name, Net: "unixgram"})
+	if err == nil {
+		_, err = c.Write([]byte("READY=1"))
+		c.Close()
+	}
+	if err != nil {
+		return fmt.Errorf("telling systemd that the mount is ready: %w", err)
+	}
+	return nil
 }

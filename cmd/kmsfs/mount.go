@@ -285,7 +285,7 @@ func mountAdvice(err error) string {
 // announce tells the waiting parent, and lets go of its terminal.
 func (m *mounting) announce() error {
 	if m.ready == nil {
-		return nil
+		return notifyReady()
 	}
 	defer m.ready.Close()
 	if err := detach(m.cfg.Mount.LogFile); err != nil {
