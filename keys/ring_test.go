@@ -146,9 +146,6 @@ func TestReplicas(t *testing.T) {
 	require.NoError(t, open(t, both, h), "a replica opens it while the first region is out")
 }
 
-// newFakeOver shares the blobs of f without its failures.
-func newFakeOver(f *fake) *fake { return &fake{blobs: f.blobs} }
-
 func TestSetTrusted(t *testing.T) {
 	noLeaks(t)
 	f := newFake()
