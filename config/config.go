@@ -82,6 +82,7 @@ type KMS struct {
 	CacheAge   Duration `toml:"cache_age"`   // an opened data key is kept no longer; 0 = the built-in choice
 	CacheKeys  int      `toml:"cache_keys"`  // so many opened data keys are kept; 0 = the built-in choice
 	Pool       int      `toml:"pool"`        // so many fresh data keys are fetched ahead; 0 = the built-in choice
+	Prefetch   int      `toml:"prefetch"`    // so many data keys are decrypted at once ahead of a program that walks a tree; 0 = none
 	// Profiles of the shared AWS configuration, by the account or the partition
 	// whose keys they are for; the account goes first.
 	Profiles map[string]string `toml:"profiles"`
@@ -105,7 +106,7 @@ func Default() *Config {
 	return &Config{
 		Init:  Init{Names: "encrypted", BlockSize: 4096},
 		Mount: Mount{Writeback: true, Lease: Duration(time.Minute), Grace: Duration(15 * time.Minute)},
-		KMS:   KMS{Deadline: Duration(10 * time.Second), CreateWait: Duration(2 * time.Second)},
+		KMS:   KMS{Deadline: Duration(10 * time.Second), CreateWait: Duration(2 * time.Second), Prefetch: 64},
 		Rekey: Rekey{Jobs: 16},
 	}
 }
@@ -219,6 +220,7 @@ func (c *Config) problems() (list []string) {
 	bad(c.KMS.CreateWait <= 0, "kms.create_wait must be more than 0")
 	bad(c.KMS.CacheKeys < 0, "kms.cache_keys can't be negative")
 	bad(c.KMS.Pool < 0, "kms.pool can't be negative")
+	bad(c.KMS.Prefetch < 0 || c.KMS.Prefetch > 1024, "kms.prefetch is 0 to 1024, not %d", c.KMS.Prefetch)
 	for _, whose := range slices.Sorted(maps.Keys(c.KMS.Profiles)) {
 		bad(!isAccount(whose) && !partition.MatchString(whose), "kms.profiles.%q is neither a partition (\"aws-cn\") nor a 12-digit account", whose)
 		bad(c.KMS.Profiles[whose] == "", "kms.profiles.%q names no profile of the AWS configuration", whose)

@@ -36,7 +36,7 @@ type cachedDir struct {
 const (
 	minDirs = 32
 	maxDirs = 4096
-	spare   = 64
+	spare   = 64 + walksMost*(levelsMost+1)
 )
 
 // share divides RLIMIT_NOFILE among directories and files.

@@ -47,6 +47,10 @@ type Options struct {
 	// directory in the kernel.
 	CreateWait time.Duration
 
+	// Prefetch is how many data keys may be opened at once that are yet to be asked for,
+	// when a program walks through directories, if Keys can do that; 0 = none.
+	Prefetch int
+
 	FsName string   // what df(1) shows as the source; by default the backing directory
 	Extra  []string // further mount options: noexec, noatime, max_read=...
 	Debug  bool     // log every FUSE request
@@ -163,6 +167,7 @@ func (s *Server) mount() error {
 	fs.used.touch()
 	fs.tend.start()
 	fs.followLeases()
+	fs.startAhead()
 	go s.serve()
 	if err := server.WaitMount(); err != nil {
 		_ = s.Unmount()
@@ -175,6 +180,7 @@ func (s *Server) mount() error {
 // serve runs until the file system is unmounted, by whomever.
 func (s *Server) serve() {
 	s.fuse.Serve()
+	s.fs.ahead.end()
 	s.fs.tend.end()
 	s.fs.tenure.end()
 	s.fs.tend.finish()

@@ -33,6 +33,8 @@ type fileSystem struct {
 	tenure tenure
 	used   usage
 
+	ahead *ahead // nil: no key is opened before it is asked for
+
 	keyAge atomic.Uint64 // how often Reprime was called
 
 	orphans orphanage

@@ -31,6 +31,9 @@ func (n *node) Open(ctx context.Context, flags uint32) (fusefs.FileHandle, uint3
 	if err := n.fs.files.room(n.id); err != nil {
 		return nil, 0, n.errno("open", err)
 	}
+	if flags&syscall.O_TRUNC == 0 {
+		n.fs.ahead.opened(n)
+	}
 	f := n.fs.files.acquire(n.fs, n.id)
 	if err := f.open(ctx, n, writes(flags), flags&syscall.O_TRUNC != 0); err != nil {
 		n.fs.files.release(f)

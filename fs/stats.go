@@ -23,6 +23,9 @@ type Stats struct {
 	Wiped     int64         // times an open file lost its keys, for their lease had ended
 	Healed    int64         // times one was allowed to go on
 	Syncs     int64         // times the backing store was synced on our own initiative
+	Walks     int64         // times a program was noticed on its way through directories
+	Ahead     int64         // data keys that were asked for ahead of it
+	Listed    int64         // directory entries that were listed to foretell it
 	Errors    map[string]int64
 
 	Requests                []RequestCount // of the kernel, by kind and answer
@@ -80,6 +83,9 @@ func (s *Server) Stats() Stats {
 		Invalidations: st.invalidations.Load(),
 	}
 	st.answers.addTo(&out)
+	if fs.ahead != nil {
+		out.Walks, out.Ahead, out.Listed = fs.ahead.walks.Load(), fs.ahead.handed.Load(), fs.ahead.listed.Load()
+	}
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	for errno, n := range st.errors {

@@ -236,6 +236,10 @@ func (a *AWS) call(ctx context.Context, op, key string, f request) error {
 	refreshed := false
 	for {
 		e := c.attempt(ctx, op, key, f)
+		noteThrottling(ctx, e)
+		if e != nil && isAhead(ctx) {
+			return e
+		}
 		if e != nil && e.Code == codeInvalidState {
 			c.settleState(ctx, e)
 		}

@@ -28,11 +28,16 @@ type cache struct {
 	closed  bool                     // guarded by mu
 	hits    int64                    // guarded by mu
 	misses  int64                    // guarded by mu
+	guessed int                      // guarded by mu; entries that nobody has asked for
+	used    int64                    // guarded by mu; guesses that somebody did ask for
+	wasted  int64                    // guarded by mu; guesses that nobody ever asked for
 }
 
 type cached struct {
 	id   string
 	born time.Time
+	// guess: it was opened ahead, and nobody has asked for it yet.
+	guess bool
 	opened
 }
 
@@ -58,6 +63,7 @@ func (c *cache) peek(id *crypt.Identity) (opened, bool) {
 		return opened{}, false
 	}
 	c.recent.MoveToFront(e)
+	c.claimLocked(v)
 	c.hits++
 	return o, true
 }
@@ -68,16 +74,18 @@ func (c *cache) open(ctx context.Context, h *crypt.Header) (opened, error) {
 	}
 	c.mu.Lock()
 	era := c.era
-	c.misses++
+	if !isAhead(ctx) {
+		c.misses++
+	}
 	c.mu.Unlock()
 	o, err := c.next.open(ctx, h)
 	if err == nil {
-		c.put(&h.Identity, o, era)
+		c.put(&h.Identity, o, era, isAhead(ctx))
 	}
 	return o, err
 }
 
-func (c *cache) put(id *crypt.Identity, o opened, era uint64) {
+func (c *cache) put(id *crypt.Identity, o opened, era uint64, guess bool) {
 	own, err := o.clone()
 	if err != nil {
 		return // no memory for another key: go on without remembering
@@ -86,13 +94,19 @@ func (c *cache) put(id *crypt.Identity, o opened, era uint64) {
 	defer c.mu.Unlock()
 	if c.closed || era != c.era || c.max <= 0 {
 		own.secrets.Wipe()
+		if guess {
+			c.wasted++
+		}
 		return
 	}
 	key := string(id.Bytes())
 	if e := c.entries[key]; e != nil {
 		c.removeLocked(e)
 	}
-	c.entries[key] = c.recent.PushFront(&cached{id: key, born: time.Now(), opened: own})
+	c.entries[key] = c.recent.PushFront(&cached{id: key, born: time.Now(), guess: guess, opened: own})
+	if guess {
+		c.guessed++
+	}
 	for len(c.entries) > c.max {
 		c.removeLocked(c.recent.Back())
 	}
@@ -104,6 +118,10 @@ func (c *cache) put(id *crypt.Identity, o opened, era uint64) {
 func (c *cache) removeLocked(e *list.Element) {
 	v := c.recent.Remove(e).(*cached)
 	delete(c.entries, v.id)
+	if v.guess {
+		c.guessed--
+		c.wasted++
+	}
 	v.secrets.Wipe()
 }
 
@@ -204,4 +222,5 @@ func (c *cache) addTo(s *Stats) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s.CacheHits, s.CacheMisses, s.CacheKeys = c.hits, c.misses, len(c.entries)
+	s.AheadUsed, s.AheadWasted, s.AheadUnused = c.used, c.wasted, c.guessed
 }

@@ -27,6 +27,7 @@ type flight struct {
 type flightCall struct {
 	done    chan struct{} // closed when result and err are set
 	tries   *attempts     // set before the call starts
+	ahead   bool          // a guess: its failure is nobody's
 	waiters int           // guarded by flight.mu; who still wants the result
 	landed  bool          // guarded by flight.mu
 	result  opened        // wiped with the last waiter
@@ -45,7 +46,18 @@ func (f *flight) open(ctx context.Context, h *crypt.Header) (opened, error) {
 	if err != nil {
 		return opened{}, fmt.Errorf("a header that can't be stored: %v: %w", err, crypt.ErrDamaged)
 	}
-	c := f.join(string(raw), h)
+	for {
+		c := f.join(string(raw), h)
+		o, err := f.wait(ctx, c, h)
+		if err == nil || !c.ahead || ctx.Err() != nil || f.base.Err() != nil {
+			return o, err
+		}
+		// A guess that came to nothing: now it is asked for in earnest.
+	}
+}
+
+// wait returns what came of a call.
+func (f *flight) wait(ctx context.Context, c *flightCall, h *crypt.Header) (opened, error) {
 	defer f.leave(c)
 	select {
 	case <-c.done:
@@ -66,8 +78,16 @@ func (f *flight) join(id string, h *crypt.Header) *flightCall {
 		f.joined++
 		return c
 	}
+	return f.startLocked(id, h, false)
+}
+
+// startLocked makes a call with one waiter. ahead is whether it is a guess.
+func (f *flight) startLocked(id string, h *crypt.Header, ahead bool) *flightCall {
 	base, tries := withAttempts(f.base)
-	c := &flightCall{done: make(chan struct{}), tries: tries, waiters: 1}
+	if ahead {
+		base = withAhead(base)
+	}
+	c := &flightCall{done: make(chan struct{}), tries: tries, ahead: ahead, waiters: 1}
 	f.calls[id] = c
 	go f.run(base, id, c, h.Clone())
 	return c

@@ -63,6 +63,7 @@ type pool struct {
 
 	hits, waits int64         // guarded by mu
 	waited      time.Duration // guarded by mu
+	longest     time.Duration // guarded by mu; of those waits
 }
 
 type spare struct {
@@ -96,10 +97,15 @@ func (p *pool) take(ctx context.Context) (*crypt.Fresh, error) {
 	case <-ctx.Done():
 		r = p.leave(w, contextError(ctx, opGenerate, p.current()))
 	}
-	p.mu.Lock()
-	p.waited += time.Since(start)
-	p.mu.Unlock()
+	p.noteWait(time.Since(start))
 	return r.fresh, r.err
+}
+
+func (p *pool) noteWait(d time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.waited += d
+	p.longest = max(p.longest, d)
 }
 
 // enter answers at once, or queues a waiter.
@@ -338,4 +344,5 @@ func (p *pool) addTo(s *Stats) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s.PoolHits, s.PoolWaits, s.PoolWaited, s.PoolReady = p.hits, p.waits, p.waited, len(p.ready)
+	s.LongestPoolWait = p.longest
 }

@@ -27,6 +27,7 @@ type RingOptions struct {
 	CacheKeys int           // data keys remembered; 0 = 16,384, negative = none
 	CacheAge  time.Duration // how long a data key is remembered; 10 min
 	PoolSize  int           // fresh keys fetched ahead at most; 0 = 64, negative = none
+	Prefetch  int           // data keys decrypted ahead at once at most (Prefetch); 0 = none
 }
 
 func (o *RingOptions) setDefaults() {
@@ -58,6 +59,8 @@ type Ring struct {
 	flight  *flight
 	pool    *pool
 	leases  *leases
+	ahead   *ahead
+	waits   waits
 
 	deadline time.Duration
 	base     context.Context // of every call
@@ -68,7 +71,9 @@ type Ring struct {
 func NewRing(o RingOptions) *Ring {
 	o.setDefaults()
 	base, cancel := context.WithCancel(context.Background())
-	r := &Ring{counted: newCounted(o.Provider), deadline: o.Deadline, base: base, cancel: cancel}
+	r := &Ring{counted: newCounted(o.Provider), deadline: o.Deadline, ahead: newAhead(o.Prefetch), cancel: cancel}
+	base = withThrottling(base, r.ahead.throttled)
+	r.base = base
 	r.core = newWrapper(r.counted, o.Volume, o.BlockLog2, o.Trusted)
 	r.cache = newCache(r.core, o.CacheKeys, o.CacheAge)
 	r.flight = newFlight(base, r.cache, o.Deadline)
@@ -107,11 +112,17 @@ func (r *Ring) Open(ctx context.Context, h *crypt.Header) (*crypt.Secrets, error
 	} else if o, ok := r.cache.peek(&h.Identity); ok {
 		return r.checked(o)
 	}
+	defer r.waits.since(time.Now())
 	o, err := r.flight.open(ctx, h)
 	if err != nil {
 		return nil, fmt.Errorf("opening a data key: %w", err)
 	}
-	return r.checked(o)
+	r.cache.claim(&h.Identity)
+	s, err := r.checked(o)
+	if err != nil {
+		r.cache.drop(&h.Identity)
+	}
+	return s, err
 }
 
 // checked lets a data key go only if the lease that it depends on has not ended while
@@ -257,10 +268,21 @@ type Stats struct {
 	CacheKeys              int   // remembered now
 	Coalesced              int64 // opens that joined another's call
 
+	OpenWaits       int64         // opens that had to wait for a data key
+	OpenWaited      time.Duration // what they waited, summed
+	LongestOpenWait time.Duration
+
+	// Data keys decrypted ahead: asked for, failed, wanted later, wiped without having
+	// been wanted, and remembered now without having been wanted yet.
+	Ahead, AheadFailed, AheadUsed, AheadWasted int64
+	AheadUnused                                int
+
 	PoolHits   int64         // fresh keys that were ready
 	PoolWaits  int64         // fresh keys that had to be waited for
 	PoolWaited time.Duration // time spent waiting for them
 	PoolReady  int           // fetched ahead now
+
+	LongestPoolWait time.Duration
 }
 
 // Stats reads the counters.
@@ -270,5 +292,7 @@ func (r *Ring) Stats() Stats {
 	r.cache.addTo(&s)
 	r.flight.addTo(&s)
 	r.pool.addTo(&s)
+	r.ahead.addTo(&s)
+	s.OpenWaits, s.OpenWaited, s.LongestOpenWait = r.waits.read()
 	return s
 }

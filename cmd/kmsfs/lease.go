@@ -103,6 +103,8 @@ type leaseStatus struct {
 	OpenFiles int64 `json:"open_files,omitempty"`
 	Wiped     int64 `json:"wiped,omitempty"`
 	Healed    int64 `json:"healed,omitempty"`
+
+	Cost *costReport `json:"key_service,omitempty"`
 }
 
 type leaseReport struct {
@@ -131,6 +133,7 @@ func (m *mounting) leases() leaseStatus {
 		}
 		s.Leases = append(s.Leases, r)
 	}
+	s.Cost = newCostReport(m.ring.Stats())
 	return s
 }
 

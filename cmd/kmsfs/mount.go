@@ -44,12 +44,17 @@ cached of them too. That is noticed within --lease while KMS answers, and within
 without a new mount. A program's writes after that moment are lost, and fsync or close
 tell it so. "kmsfs lock" closes all files at once.
 
+When a program opens the files of a directory one after another (tar, grep -r, cp -r,
+git), KMS is asked for the keys of the next ones in advance, so that it need not wait at
+each; CloudTrail then shows Decrypt of some files that nobody has opened. --prefetch 0
+asks for none.
+
 Mount options (-o): ro, rw, allow_other, suid, dev (root only), nonempty, debug,
 writeback=on|off, lease=DURATION, grace=DURATION, idle_unmount=DURATION,
 attr_timeout=DURATION, entry_timeout=DURATION, kms_deadline=DURATION,
 create_wait=DURATION, cache_age=DURATION, cache_keys=N,
-pool=N, metrics=ADDR, noexec, noatime. Each stands in the configuration file too. With remount the
-options ro, rw, noexec, noatime and the like of a mount are changed.
+pool=N, prefetch=N, metrics=ADDR, noexec, noatime. Each stands in the configuration
+file too. With remount the options ro, rw, noexec, noatime and the like of a mount are changed.
 
 A link of the name /sbin/mount.fuse.kmsfs to kmsfs, and one of /sbin/umount.fuse.kmsfs,
 let mount(8), umount(8), /etc/fstab and systemd handle volumes:
@@ -266,7 +271,7 @@ func (m *mounting) options() fs.Options {
 		Volume: m.v, Keys: m.ring, Slots: m.slots, Mountpoint: m.point, FsName: m.dir,
 		AllowOther: c.Mount.AllowOther, ReadOnly: c.Mount.ReadOnly, Suid: c.Mount.Suid, Dev: c.Mount.Dev,
 		Writeback: c.Mount.Writeback, AttrTimeout: time.Duration(c.Mount.AttrTimeout), EntryTimeout: time.Duration(c.Mount.EntryTimeout), Extra: c.Mount.Options,
-		Logger: m.log, Deadline: time.Duration(c.KMS.Deadline), CreateWait: time.Duration(c.KMS.CreateWait), Debug: c.Mount.Debug,
+		Logger: m.log, Deadline: time.Duration(c.KMS.Deadline), CreateWait: time.Duration(c.KMS.CreateWait), Prefetch: c.KMS.Prefetch, Debug: c.Mount.Debug,
 	}
 }
 

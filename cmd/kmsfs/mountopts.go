@@ -18,6 +18,7 @@ type mountFlags struct {
 	keys, accept, options                       []string
 	logFile, metrics                            string
 	lease, grace, idleUnmount                   time.Duration
+	prefetch                                    int
 }
 
 func (f *mountFlags) register(cmd *cobra.Command) {
@@ -33,6 +34,7 @@ func (f *mountFlags) register(cmd *cobra.Command) {
 	fl.DurationVar(&f.grace, "grace", 0, "go on for `DURATION` while KMS does not answer (default 15m; 0: not at all)")
 	fl.DurationVar(&f.idleUnmount, "idle-unmount", 0, "unmount when nothing was open or used for `DURATION`")
 	fl.StringVar(&f.metrics, "metrics", "", "serve Prometheus metrics on `ADDR`: :PORT on loopback, HOST:PORT, or unix:/PATH")
+	fl.IntVar(&f.prefetch, "prefetch", 0, "when a program walks a tree, have KMS decrypt up to `N` data keys at once before it opens the files (default 64; 0: none)")
 	fl.StringVar(&f.logFile, "log-file", "", "log of a mount in the background, in place of syslog: `FILE`")
 }
 
@@ -58,6 +60,11 @@ func (f *mountFlags) fill(cmd *cobra.Command, c *config.Config) error {
 			return usage("--%s wants a duration such as 60s, not %v", name, d.value)
 		}
 		*d.to = config.Duration(d.value)
+	}
+	if cmd.Flags().Changed("prefetch") {
+		if err := valueOption(c, "prefetch", strconv.Itoa(f.prefetch)); err != nil {
+			return err
+		}
 	}
 	if cmd.Flags().Changed("log-file") {
 		c.Mount.LogFile = f.logFile
@@ -129,7 +136,7 @@ func valueOption(c *config.Config, name, value string) error {
 		"lease": &c.Mount.Lease, "grace": &c.Mount.Grace, "idle_unmount": &c.Mount.IdleUnmount,
 		"kms_deadline": &c.KMS.Deadline, "create_wait": &c.KMS.CreateWait, "cache_age": &c.KMS.CacheAge,
 	}
-	counts := map[string]*int{"cache_keys": &c.KMS.CacheKeys, "pool": &c.KMS.Pool}
+	counts := map[string]*int{"cache_keys": &c.KMS.CacheKeys, "pool": &c.KMS.Pool, "prefetch": &c.KMS.Prefetch}
 	switch {
 	case durations[name] != nil:
 		d, err := time.ParseDuration(value)
@@ -139,7 +146,7 @@ func valueOption(c *config.Config, name, value string) error {
 		*durations[name] = config.Duration(d)
 	case counts[name] != nil:
 		n, err := strconv.Atoi(value)
-		if err != nil || n < 0 {
+		if err != nil || n < 0 || name == "prefetch" && n > 1024 {
 			return usage("mount option %s wants a number, not %q", name, value)
 		}
 		*counts[name] = n

@@ -27,7 +27,8 @@ keys it lists, and how many files have a copy of their data key under each key;
 then the files with contents that no header of this volume stands for. Paths are
 those in DIR. No key is needed and no service is asked: it is what the headers say,
 and "kmsfs rekey --verify" proves it. Of a live mount it shows the leases as well, if
-its control socket can be reached: valid, grace (KMS does not answer) or revoked.
+its control socket can be reached: valid, grace (KMS does not answer) or revoked; and
+what it has asked of KMS, and how long anybody waited for that.
 
 To cut off the volume, disable every key that is shown, and every replica of it.` + statuses(0, 1, 2, 6),
 		Args: exactly(1, "DIR"),
@@ -145,6 +146,11 @@ func (p *program) showStatus(r volumeReport) {
 	}
 	for _, k := range r.Keys {
 		p.say("  %s: %d headers%s%s", k.Key, k.Headers, k.notes(), r.Live.notes(k.Key))
+	}
+	if r.Live != nil {
+		for _, line := range r.Live.Cost.lines() {
+			p.say("  %s", line)
+		}
 	}
 	p.say("  files with contents: %d, of which without a valid header: %d; empty files: %d", r.Files, r.NoHeader, r.Empty)
 	for _, q := range r.Problems {

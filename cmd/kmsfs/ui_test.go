@@ -106,7 +106,7 @@ func TestEveryFlagHasItsKey(t *testing.T) {
 		"init --key": "keys", "init --names": "names", "init --block-size": "block_size",
 		"mount --foreground": "foreground", "mount --read-only": "read_only", "mount --allow-other": "allow_other",
 		"mount --key": "keys", "mount --accept-new": "accept_new", "mount --accept-key": "accept_keys", "mount --log-file": "log_file",
-		"mount --lease": "lease", "mount --grace": "grace", "mount --idle-unmount": "idle_unmount",
+		"mount --lease": "lease", "mount --grace": "grace", "mount --idle-unmount": "idle_unmount", "mount --prefetch": "prefetch",
 		"mount --metrics": "metrics", "mount --options": "", // each option has its own
 		"rekey --jobs": "jobs", "rekey --max-rps": "max_rps", "rekey --accept-key": "accept_keys", "rekey --verify": "verify",
 		"import --jobs": "jobs", "import --max-rps": "max_rps", // of rekey
@@ -139,17 +139,17 @@ func TestMountOptions(t *testing.T) {
 	c := config.Default()
 	for _, o := range []string{"ro", "allow_other", "suid", "dev", "nonempty", "debug", "writeback=off", "attr_timeout=3s", "entry_timeout=4s",
 		"kms_deadline=5s", "create_wait=1s", "cache_age=6s", "cache_keys=7", "pool=8", "noexec", "defaults", "_netdev", "x-systemd.automount", "x-a=b",
-		"lease=7s", "grace=0s", "idle_unmount=8s", "metrics=:9100", "allow_suid", "allow_dev", "owner", "strictatime"} {
+		"lease=7s", "grace=0s", "idle_unmount=8s", "prefetch=9", "metrics=:9100", "allow_suid", "allow_dev", "owner", "strictatime"} {
 		require.NoError(t, mountOption(c, o), o)
 	}
 	s := config.Duration(time.Second)
 	require.Equal(t, config.Mount{ReadOnly: true, AllowOther: true, Suid: true, Dev: true, NonEmpty: true, Debug: true, AttrTimeout: 3 * s, EntryTimeout: 4 * s, Lease: 7 * s, IdleUnmount: 8 * s, Metrics: ":9100", Options: []string{"noexec", "strictatime"}}, c.Mount)
-	require.Equal(t, config.KMS{Deadline: 5 * s, CreateWait: s, CacheAge: 6 * s, CacheKeys: 7, Pool: 8}, c.KMS)
+	require.Equal(t, config.KMS{Deadline: 5 * s, CreateWait: s, CacheAge: 6 * s, CacheKeys: 7, Pool: 8, Prefetch: 9}, c.KMS)
 	require.NoError(t, mountOption(c, "rw"))
 	require.NoError(t, mountOption(c, "nosuid"))
 	require.NoError(t, mountOption(c, "nodev"))
 	require.False(t, c.Mount.ReadOnly || c.Mount.Suid || c.Mount.Dev)
-	for _, o := range []string{"bogus", "bogus=1", "ro=1", "pool=x", "pool=-1", "kms_deadline=0s", "lease=0s", "grace=-1s", "kms_deadline=soon", "writeback=maybe", "writeback"} {
+	for _, o := range []string{"bogus", "bogus=1", "ro=1", "pool=x", "pool=-1", "prefetch=1025", "kms_deadline=0s", "lease=0s", "grace=-1s", "kms_deadline=soon", "writeback=maybe", "writeback"} {
 		err := mountOption(c, o)
 		require.Error(t, err, o)
 		status, _ := diagnose(err)

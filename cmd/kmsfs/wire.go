@@ -46,7 +46,7 @@ func (p *program) pacedProvider(pacer *keys.Pacer) (keys.Provider, error) {
 }
 
 // ring opens and makes data keys of a volume under the trusted keys. pool is
-// whether fresh keys are fetched ahead.
+// whether fresh keys are fetched, and others decrypted, ahead.
 func (p *program) ring(provider keys.Provider, id crypt.VolumeID, blockLog2 uint8, trusted []string, pool bool) *keys.Ring {
 	o := keys.RingOptions{
 		Volume: id, BlockLog2: blockLog2, Trusted: trusted, Provider: provider,
@@ -54,9 +54,10 @@ func (p *program) ring(provider keys.Provider, id crypt.VolumeID, blockLog2 uint
 		CacheKeys: p.cfg.KMS.CacheKeys,
 		CacheAge:  time.Duration(p.cfg.KMS.CacheAge),
 		PoolSize:  p.cfg.KMS.Pool,
+		Prefetch:  p.cfg.KMS.Prefetch,
 	}
 	if !pool {
-		o.PoolSize = -1
+		o.PoolSize, o.Prefetch = -1, 0
 	}
 	return keys.NewRing(o)
 }
