@@ -6,9 +6,10 @@
 // regular file) and open.go (where keys come from).
 //
 // The network is needed in one place only: Keys. It is asked when a file with
-// contents is first opened (Open) and when an empty file is opened for writing,
-// created or emptied while a writer has it open (Fresh): before anything is cut
-// or created, so that a refusal is that call's errno. Everything else is local. A
+// contents is first opened (Open) or is about to be (Prefetch), and when an empty
+// file is opened for writing, created or emptied while a writer has it open
+// (Fresh): before anything is cut or created, so that a refusal is that call's
+// errno. Everything else is local. A
 // key that a rekey overtakes on its way to a file is not used (reprime.go). A file
 // that a rekey can't meet, having no name, has its header renewed when a new list of
 // keys is adopted (renew.go), or at the latest when it is to get a name, which it
@@ -34,6 +35,9 @@
 //     out what it held back; then the keys are wiped and writes fail too. The view
 //     stays, for what it knows is nowhere else. When the lease is there again files
 //     get their keys back without being asked: reads and writes never wait for Keys.
+//   - ahead: which files a program is about to open, foretold from those that it opened
+//     (foretell.go), so that Keys is asked for theirs before (ahead.go). One goroutine
+//     owns all of it and takes no lock but leaves.
 //   - Watch: what was renamed and linked, for a sweep over the backing tree that
 //     goes on meanwhile and would miss it (watch.go).
 //
