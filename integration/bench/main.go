@@ -3,6 +3,7 @@
 // different machines, say nothing about each other.
 //
 //	go run ./integration/bench rekey [-files 10000,200000] [-rounds 3]
+//	go run ./integration/bench latency [-files 20000] [-latency 10ms,25ms] [-rounds 3]
 package main
 
 import (
@@ -21,8 +22,11 @@ func main() {
 }
 
 func run(args []string) error {
+	if len(args) > 0 && args[0] == "latency" {
+		return runLatency(args[1:])
+	}
 	if len(args) == 0 || args[0] != "rekey" {
-		return fmt.Errorf("say what to measure: rekey")
+		return fmt.Errorf("say what to measure: rekey or latency")
 	}
 	fl := flag.NewFlagSet("rekey", flag.ContinueOnError)
 	sizes := fl.String("files", "10000,200000", "numbers of files, separated by commas")
