@@ -41,7 +41,7 @@ type file struct {
 	// told is the mtime that the kernel has of a file it keeps the times of, as
 	// far as we know; guarded by timesMu, nil if we don't.
 	told *unix.Timespec
-	// cached: pages that the kernel held back were written since then.
+	// cached: what the kernel sets the time of was written since then.
 	cached atomic.Bool
 	modeMu sync.Mutex // mode bits, while a header is being set (volume.Stored)
 }
@@ -204,6 +204,14 @@ func (f *file) keepTold() {
 	defer f.timesMu.Unlock()
 	if f.cached.Swap(false) && f.told != nil {
 		_ = volume.Utimens(f.descriptor(), &[2]unix.Timespec{{Nsec: unix.UTIME_OMIT}, *f.told}) // costs only the time
+	}
+}
+
+// movedTimes notes a change that moves the backing file's mtime, and that the kernel, if
+// it keeps the times, has set a time for: the same one, if its clock has not ticked.
+func (f *file) movedTimes(kernels bool) {
+	if kernels {
+		f.cached.Store(true)
 	}
 }
 

@@ -88,6 +88,7 @@ func (n *node) Allocate(ctx context.Context, fh fusefs.FileHandle, off, size uin
 		return syscall.EFBIG
 	}
 	err := h.allocate(int64(off), int64(size), mode)
+	h.f.movedTimes(n.fs.opts.Writeback)
 	if err == nil {
 		err = h.killFor(ctx)
 	}
@@ -116,6 +117,7 @@ func (n *node) CopyFileRange(ctx context.Context, fhIn fusefs.FileHandle, offIn 
 		return 0, syscall.EINVAL
 	}
 	done, err := from.copyTo(ctx, int64(offIn), to, int64(offOut), int64(min(size, copyMax)))
+	to.f.movedTimes(n.fs.opts.Writeback)
 	if err == nil && done > 0 {
 		err = to.killFor(ctx)
 	}

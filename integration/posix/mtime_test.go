@@ -1,0 +1,47 @@
+package posix
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"kmsfs/integration/harness"
+)
+
+// TestTimesOutlastRemount: what changes a file on the store right after the kernel has
+// sent its time, within one tick of the kernel's clock, moves the store's time but not
+// the kernel's, which is therefore not sent again. What stat(2) said must hold after a
+// remount all the same.
+func TestTimesOutlastRemount(t *testing.T) {
+	e := harness.New(t)
+	v := volume(t, e, "volume")
+	ops := map[string]func(fd int) error{
+		"allocate": func(fd int) error { return unix.Fallocate(fd, 0, 0, 9000) },
+		"keep":     func(fd int) error { return unix.Fallocate(fd, unix.FALLOC_FL_KEEP_SIZE, 0, 100_000) },
+		"punch": func(fd int) error {
+			return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 10, 50)
+		},
+		"zero": func(fd int) error { return unix.Fallocate(fd, unix.FALLOC_FL_ZERO_RANGE, 10, 5000) },
+		"copy": func(fd int) error {
+			in, out := int64(0), int64(4096)
+			_, err := unix.CopyFileRange(fd, &in, fd, &out, 50, 0)
+			return err
+		},
+	}
+	for name, op := range sorted(ops) {
+		for i := range 50 {
+			fd, err := harness.Open(v.Path(fmt.Sprint(name, i)), unix.O_RDWR|unix.O_CREAT, 0o600)
+			require.NoError(t, err)
+			_, err = unix.Pwrite(fd, make([]byte, 100), 0)
+			require.NoError(t, err)
+			require.NoError(t, unix.Fsync(fd))
+			require.NoError(t, op(fd), name)
+			require.NoError(t, unix.Close(fd))
+		}
+	}
+	before := harness.Snapshot(t, v.Mnt)
+	v.Remount()
+	before.Holds(t, v.Mnt)
+}
