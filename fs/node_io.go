@@ -31,9 +31,8 @@ func (n *node) Write(ctx context.Context, fh fusefs.FileHandle, data []byte, off
 		return 0, syscall.EBADF
 	}
 	done, err := h.write(data, off)
-	if c, is := ctx.(*fuse.Context); is && c.Pid == fromCache {
-		h.f.cached.Store(true)
-	}
+	c, is := ctx.(*fuse.Context)
+	h.f.movedTimes(n.fs.opts.Writeback || is && c.Pid == fromCache) // of O_DIRECT too
 	if done > 0 && err != nil && !n.fs.opts.Writeback {
 		err = nil // a short write; the next one gets the error
 	}

@@ -30,6 +30,8 @@ func TestTimesOutlastRemount(t *testing.T) {
 			return err
 		},
 	}
+	page := alignedPages(1)
+	ops["direct"] = func(fd int) error { _, err := unix.Pwrite(fd, page, 0); return err }
 	for name, op := range sorted(ops) {
 		for i := range 50 {
 			fd, err := harness.Open(v.Path(fmt.Sprint(name, i)), unix.O_RDWR|unix.O_CREAT, 0o600)
@@ -37,6 +39,10 @@ func TestTimesOutlastRemount(t *testing.T) {
 			_, err = unix.Pwrite(fd, make([]byte, 100), 0)
 			require.NoError(t, err)
 			require.NoError(t, unix.Fsync(fd))
+			if name == "direct" {
+				_, err = unix.FcntlInt(uintptr(fd), unix.F_SETFL, unix.O_DIRECT)
+				require.NoError(t, err)
+			}
 			require.NoError(t, op(fd), name)
 			require.NoError(t, unix.Close(fd))
 		}
