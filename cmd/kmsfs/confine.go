@@ -129,6 +129,6 @@ func (p *program) inForeground() error {
 		return fmt.Errorf("finding this program: %w", err)
 	}
 	return onConfinedThread(func() error {
-		return fmt.Errorf("starting %s again with fewer privileges: %w", exe, syscall.Exec(exe, append([]string{os.Args[0]}, p.args...), append(os.Environ(), againEnv+"=1")))
+		return fmt.Errorf("starting %s again with fewer privileges: %w", exe, syscall.Exec(exe, p.argv(exe), append(os.Environ(), againEnv+"=1")))
 	})
 }

@@ -197,3 +197,15 @@ func TestLookIntoOneself(t *testing.T) {
 	require.NoError(t, unix.Getrlimit(unix.RLIMIT_CORE, &core))
 	require.Equal(t, unix.Rlimit{}, core)
 }
+
+// TestStartedAgainUnderItsOwnName: what mount(8) has started, as a helper, starts itself
+// again as kmsfs, for its arguments are translated by then.
+func TestStartedAgainUnderItsOwnName(t *testing.T) {
+	old := os.Args
+	defer func() { os.Args = old }()
+	p := &program{args: []string{"mount", "a", "b"}}
+	for given, want := range map[string]string{"/sbin/" + mountHelper: "/usr/bin/kmsfs", "kmsfs": "kmsfs"} {
+		os.Args = []string{given, "a", "b"}
+		require.Equal(t, []string{want, "mount", "a", "b"}, p.argv("/usr/bin/kmsfs"))
+	}
+}

@@ -44,10 +44,8 @@ func (p *program) background() error {
 		return fmt.Errorf("making a pipe to the daemon: %w", err)
 	}
 	defer r.Close()
-	child := exec.Command(exe, p.args...)
-	if !isHelper(os.Args[0]) { // under such a name the arguments would mean something else
-		child.Args[0] = os.Args[0]
-	}
+	child := exec.Command(exe)
+	child.Args = p.argv(exe)
 	child.Stdin, child.Stdout, child.Stderr = os.Stdin, os.Stdout, os.Stderr
 	child.ExtraFiles = []*os.File{w}
 	child.Env = append(os.Environ(), fmt.Sprintf("%s=%d", readyEnv, readyFD))
@@ -62,6 +60,15 @@ func (p *program) background() error {
 		return nil
 	}
 	return childStatus(child.Wait())
+}
+
+// argv starts this program, the file exe, once more for the same job.
+func (p *program) argv(exe string) []string {
+	name := os.Args[0]
+	if isHelper(name) { // under such a name the arguments would mean something else
+		name = exe
+	}
+	return append([]string{name}, p.args...)
 }
 
 // forwardSignals: the daemon is in another session, where Ctrl-C does not reach it.
