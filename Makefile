@@ -6,7 +6,7 @@ SIZES ?= 10000,200000
 .PHONY: help setup build test whole short fips fuzz race lint staticcheck vuln sbom reproducible posix apps demo bench-rekey rekey-kills clean
 
 help: ## print this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## install what tests and demo need and the machine lacks (FUSE tools, sqlite3, moto_server, ...)
 	@scripts/setup.sh test
