@@ -89,25 +89,44 @@ func (f *file) install(fd int, rw bool) {
 	f.store.cur.Store(&descriptor{fd: fd, rw: rw, Stored: volume.NewBacking(fd)})
 }
 
-// ready opens the backing file, for writing too if rw is set. Writable handles
-// need both: the kernel reads through them to fill pages.
-func (f *file) ready(n *node, rw bool) error {
+// ready opens the backing file for what is wanted of its mode (access(2): R_OK,
+// W_OK). Writable handles need a descriptor for both: the kernel reads through them to
+// fill pages, and part of a block can't be sealed without the rest.
+func (f *file) ready(n *node, want uint32) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	rw := want&unix.W_OK != 0
 	d := f.store.cur.Load()
 	if d != nil && (d.rw || !rw) {
-		return f.fs.mayUse(d.fd, rw)
+		return f.fs.mayUse(d.fd, want)
 	}
 	flags := unix.O_RDONLY
 	if rw {
 		flags = unix.O_RDWR
 	}
 	fd, err := f.openBacking(n, flags)
+	if err == unix.EACCES && want == unix.W_OK {
+		fd, err = f.openUnreadable(n)
+	}
 	if err != nil {
 		return err
 	}
 	f.install(fd, rw)
 	return nil
+}
+
+// openUnreadable opens for both what the mode lets this process write and not read.
+func (f *file) openUnreadable(n *node) (fd int, err error) {
+	err = n.with(func(at int) error {
+		if err := f.fs.mayUse(at, unix.W_OK); err != nil {
+			return err
+		}
+		f.modeMu.Lock()
+		defer f.modeMu.Unlock()
+		fd, err = volume.OpenAnyway(at)
+		return err
+	})
+	return fd, err
 }
 
 // openBacking opens the backing file anew: through the descriptor there is, or
@@ -146,17 +165,13 @@ func reopen(fd, flags int) (int, error) {
 }
 
 // mayUse asks whether the file's mode lets this process open it, when no open(2)
-// is needed because there is a descriptor. Nothing stops root, and with
-// default_permissions the kernel has asked for the caller.
-func (fs *fileSystem) mayUse(fd int, rw bool) error {
+// tells. Nothing stops root, and with default_permissions the kernel has asked for
+// the caller.
+func (fs *fileSystem) mayUse(fd int, want uint32) error {
 	if fs.priv {
 		return nil
 	}
-	mode := uint32(unix.R_OK)
-	if rw {
-		mode |= unix.W_OK
-	}
-	return unix.Faccessat(unix.AT_FDCWD, procPath(fd), mode, unix.AT_EACCESS)
+	return unix.Faccessat(unix.AT_FDCWD, procPath(fd), want, unix.AT_EACCESS)
 }
 
 // stat reads the attributes through a descriptor.
@@ -281,7 +296,11 @@ func (s *store) SetHeader(raw []byte) error {
 	return s.cur.Load().SetHeader(raw)
 }
 
-func (s *store) SparseMark() ([]byte, error) { return s.cur.Load().SparseMark() }
+func (s *store) SparseMark() ([]byte, error) {
+	s.f.modeMu.Lock()
+	defer s.f.modeMu.Unlock()
+	return s.cur.Load().SparseMark()
+}
 
 func (s *store) SetSparseMark(mark []byte) error {
 	s.f.modeMu.Lock()

@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"kmsfs/crypt"
-	"kmsfs/volume"
 )
 
 // KeyLeases is what Keys may have besides: data keys that may be used only for as
@@ -410,7 +409,7 @@ func (f *file) mayHeal() bool {
 // governing is what the header on disk says that the file's key depends on; nil if it
 // is not to be had.
 func (f *file) governing() []string {
-	raw, err := volume.ReadHeader(f.descriptor())
+	raw, err := f.ownHeader()
 	if err != nil {
 		return nil
 	}

@@ -137,7 +137,7 @@ func (n *node) setSize(ctx context.Context, h *handle, size uint64) error {
 	}
 	f := n.fs.files.acquire(n.fs, n.id)
 	defer n.fs.files.release(f)
-	if err := f.ready(n, true); err != nil {
+	if err := f.ready(n, unix.W_OK); err != nil {
 		return err
 	}
 	return f.truncate(ctx, int64(size))

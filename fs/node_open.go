@@ -22,6 +22,17 @@ func within(ctx context.Context, d time.Duration) (context.Context, context.Canc
 
 func writes(flags uint32) bool { return flags&syscall.O_ACCMODE != syscall.O_RDONLY }
 
+// wanted is what open(2) with these flags asks of a file's mode.
+func wanted(flags uint32) (want uint32) {
+	if flags&syscall.O_ACCMODE != syscall.O_WRONLY {
+		want |= unix.R_OK
+	}
+	if writes(flags) || flags&syscall.O_TRUNC != 0 {
+		want |= unix.W_OK
+	}
+	return want
+}
+
 var _ = (fusefs.NodeOpener)((*node)(nil))
 
 // Open opens a file. It is here that KMS may say no.
@@ -35,7 +46,7 @@ func (n *node) Open(ctx context.Context, flags uint32) (fusefs.FileHandle, uint3
 		n.fs.ahead.opened(n)
 	}
 	f := n.fs.files.acquire(n.fs, n.id)
-	if err := f.open(ctx, n, writes(flags), flags&syscall.O_TRUNC != 0); err != nil {
+	if err := f.open(ctx, n, flags); err != nil {
 		n.fs.files.release(f)
 		return nil, 0, n.errno("open", err)
 	}

@@ -155,7 +155,7 @@ func (f *file) unlock(ctx context.Context) error {
 					return err
 				}
 				failed = raw
-				if again, rerr := volume.ReadHeader(f.descriptor()); rerr != nil || bytes.Equal(again, failed) {
+				if again, rerr := f.ownHeader(); rerr != nil || bytes.Equal(again, failed) {
 					return err
 				}
 				continue
@@ -165,6 +165,14 @@ func (f *file) unlock(ctx context.Context) error {
 			return err
 		}
 	}
+}
+
+// ownHeader reads the header, though the file may be one that we may write and not
+// read. No chmod meanwhile.
+func (f *file) ownHeader() ([]byte, error) {
+	f.modeMu.Lock()
+	defer f.modeMu.Unlock()
+	return volume.OwnHeader(f.descriptor())
 }
 
 // header reads what is needed to ask for the key; h is nil for an empty file,
@@ -177,7 +185,7 @@ func (f *file) header() (raw []byte, h *crypt.Header, err error) {
 	if st.Size == 0 {
 		return nil, nil, nil
 	}
-	if raw, err = volume.ReadHeader(f.descriptor()); err != nil {
+	if raw, err = f.ownHeader(); err != nil {
 		return nil, nil, err
 	}
 	h, err = f.fs.vol.ParseHeader(raw)
@@ -348,9 +356,10 @@ func (f *file) truncate(ctx context.Context, size int64) error {
 	return f.change(ctx, change{cut: true, size: size})
 }
 
-// open readies the file for a new handle.
-func (f *file) open(ctx context.Context, n *node, write, trunc bool) error {
-	if err := f.ready(n, write || trunc); err != nil {
+// open readies the file for a new handle with these flags of open(2).
+func (f *file) open(ctx context.Context, n *node, flags uint32) error {
+	write, trunc := writes(flags), flags&unix.O_TRUNC != 0
+	if err := f.ready(n, wanted(flags)); err != nil {
 		return err
 	}
 	if !trunc {

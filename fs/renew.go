@@ -81,7 +81,7 @@ func (f *file) renewOnce(ctx context.Context) error {
 		return err
 	}
 	defer s.Wipe()
-	raw, err := volume.ReadHeader(f.descriptor())
+	raw, err := f.ownHeader()
 	if err != nil {
 		return err
 	}

@@ -119,6 +119,27 @@ func withAccess(fd int, bits uint32, op func() error) error {
 	return err
 }
 
+// OpenAnyway opens the regular file behind fd (O_PATH will do) for reading and
+// writing, whether its mode lets its owner do both or not. What the mode is for is the
+// caller's to ask, as is keeping other chmods out. EACCES: the file isn't ours.
+func OpenAnyway(fd int) (rw int, err error) {
+	if err := checkRegular(fd); err != nil { // opening a device has effects
+		return -1, err
+	}
+	rw = -1
+	err = withAccess(fd, accessFile, func() error {
+		return retry(func() (err error) {
+			rw, err = unix.Open(procPath(fd), unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+			return err
+		})
+	})
+	if err != nil && rw >= 0 { // the mode could not be put back
+		unix.Close(rw)
+		rw = -1
+	}
+	return rw, err
+}
+
 const (
 	accessFile = 0o600
 	accessDir  = 0o700

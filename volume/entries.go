@@ -50,8 +50,12 @@ func (d *Dir) Entries() (*Entries, error) {
 }
 
 func (e *Entries) open(dirfd int) error {
+	const flags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC
 	return retry(func() (err error) {
-		e.fd, err = unix.Openat(dirfd, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		e.fd, err = unix.Openat(dirfd, ".", flags, 0)
+		if err == unix.EACCES { // "." is a search, which a listing doesn't need
+			e.fd, err = unix.Open(procPath(dirfd), flags, 0)
+		}
 		e.own = err == nil
 		return err
 	})

@@ -225,19 +225,8 @@ func lockedHeader(fd int, op func(fd int) error) error {
 	return op(fd)
 }
 
-// lockedReopened adds to the mode of a file that forbids us to write, as
-// withAccess does.
 func lockedReopened(fd int, op func(fd int) error) error {
-	rw := -1
-	if err := checkRegular(fd); err != nil { // opening a device has effects
-		return err
-	}
-	err := withAccess(fd, accessFile, func() error {
-		return retry(func() (err error) {
-			rw, err = unix.Open(procPath(fd), unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-			return err
-		})
-	})
+	rw, err := OpenAnyway(fd)
 	if err != nil {
 		return fmt.Errorf("opening the file to write its header: %w", err)
 	}

@@ -81,8 +81,12 @@ func (s *Stored) SetHeader(raw []byte) error {
 }
 
 // SparseMark reads the mark that permits holes; nil if there is none.
-func (s *Stored) SparseMark() ([]byte, error) {
-	return readXattr(s.fd, crypt.SparseXattr, 512)
+func (s *Stored) SparseMark() (mark []byte, err error) {
+	err = withAccess(s.fd, accessFile, func() error {
+		mark, err = readXattr(s.fd, crypt.SparseXattr, 512)
+		return err
+	})
+	return mark, err
 }
 
 // SetSparseMark installs the mark that permits holes.

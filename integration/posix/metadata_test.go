@@ -170,6 +170,10 @@ func xattrs(s *stage) {
 	_, err := unix.Listxattr(s.path("sizes"), make([]byte, 3))
 	s.ends("listed into 3", err)
 	s.ends("user.kmsfs", unix.Setxattr(s.path("file"), "user.kmsfs", []byte("x"), 0))
+}
+
+// strangersXattrs has others try the attributes of files that are not theirs.
+func strangersXattrs(s *stage) {
 	s.script(`touch theirs; chmod 644 theirs
 		how u 30001:30001 setfattr -n user.a -v 1 theirs; chmod 666 theirs; how u 30001:30001 setfattr -n user.a -v 1 theirs
 		how u 30001:30001 setfattr -n trusted.a -v 1 theirs; how u 30001:30001 setfattr -n security.a -v 1 theirs

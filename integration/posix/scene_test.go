@@ -27,6 +27,10 @@ type scene struct {
 	// differs maps how a line begins (a regular expression) to the reason for which
 	// the mount may say something else there; each stands in POSIX.md.
 	differs map[string]string
+	// alone is what may differ besides on a user's mount of his own.
+	alone map[string]string
+	// root: it acts as several users, or makes devices.
+	root bool
 }
 
 // A stage is where a scene is played: a fresh directory, and its transcript.
@@ -163,7 +167,10 @@ var elsewhere = flag.String("at", "", "play scenes and go-fuse's suite in this `
 func TestScenes(t *testing.T) {
 	e := harness.New(t)
 	places := map[string]string{"elsewhere": *elsewhere}
-	if *elsewhere == "" {
+	switch {
+	case harness.Unprivileged():
+		places = userPlaces(t, e)
+	case *elsewhere == "":
 		places = map[string]string{
 			"encrypted": volume(t, e, "encrypted", "--names", "encrypted").Mnt,
 			"plain":     volume(t, e, "plain", "--names", "plain").Mnt,
@@ -202,13 +209,27 @@ func playAll(t *testing.T, e *harness.Env, list []scene, dir string, places map[
 	plain := filepath.Join(dir, "beside")
 	require.NoError(t, os.Mkdir(plain, 0o755))
 	for _, sc := range list {
+		if sc.root && harness.Unprivileged() {
+			continue
+		}
 		t.Run(sc.name, func(t *testing.T) {
 			want := sc.in(t, e, plain)
 			for where, dir := range places {
-				t.Run(where, func(t *testing.T) { sc.compare(t, want, sc.in(t, e, dir)) })
+				t.Run(where, func(t *testing.T) { sc.at(where).compare(t, want, sc.in(t, e, dir)) })
 			}
 		})
 	}
+}
+
+// at is the scene with the exceptions for a place.
+func (sc scene) at(where string) scene {
+	all := maps.Clone(sc.differs)
+	if where == "alone" && sc.alone != nil {
+		all = maps.Clone(sc.alone)
+		maps.Copy(all, sc.differs)
+	}
+	sc.differs = all
+	return sc
 }
 
 func (sc scene) compare(t *testing.T, want, got []string) {
