@@ -22,6 +22,8 @@ type memBacking struct {
 	room      int // bytes that may still be allocated; <0: no limit
 	noPunch   bool
 	headerErr error
+	refusal   error // of every change, of what is there already too: a full store that copies on write
+	tear      int   // if above 0, so many bytes of a write arrive before the store is full so
 	syncs     int
 	reads     int
 	writes    int
@@ -47,6 +49,16 @@ func (m *memBacking) WriteAt(p []byte, off int64) (int, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.writes++
+	if m.refusal != nil {
+		return 0, m.refusal
+	}
+	if n := m.tear; n > 0 && n < len(p) {
+		m.tear, m.refusal = 0, syscall.EDQUOT
+		m.resize(max(len(m.data), int(off)+n))
+		copy(m.data[off:], p[:n])
+		clear(m.hole[off : int(off)+n])
+		return n, m.refusal
+	}
 	if m.room < 0 {
 		m.resize(max(len(m.data), int(off)+len(p)))
 		copy(m.data[off:], p)
@@ -84,6 +96,9 @@ func (m *memBacking) resize(n int) {
 func (m *memBacking) Truncate(n int64) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.refusal != nil {
+		return m.refusal
+	}
 	if int(n) < len(m.data) {
 		m.data, m.hole = append([]byte(nil), m.data[:n]...), append([]bool(nil), m.hole[:n]...)
 	}

@@ -60,6 +60,9 @@ type File struct {
 	// bad is why the end can't be trusted: changed with shape held exclusively,
 	// or with tailMu.
 	bad atomic.Pointer[error]
+	// torn: the end on disk is not tail, which a full store refused to take back.
+	// It is good in memory; guarded as tail is (whole).
+	torn atomic.Bool
 	// tail is the stored record that ends the file; guarded by the range lock
 	// on its block, or by shape held exclusively. It saves a read when the end
 	// moves, and puts the old end back when a write fails.

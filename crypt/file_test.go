@@ -584,6 +584,75 @@ func TestNoSpace(t *testing.T) {
 	}
 }
 
+// A full store that copies on write takes no write at all: nothing was torn, and
+// nothing needs to be put back, which it would refuse, too.
+func TestNoSpaceToCopyOnWrite(t *testing.T) {
+	for _, size := range []int{0, 100, bs, bs + 100} {
+		for _, off := range []int{0, size, size / 2, size + 3*bs} {
+			want := pattern(size, 1)
+			m, v, f := newTestFile(t, bs, want)
+			if size == 0 {
+				v.prime(t, f, bs)
+			}
+			m.refusal = syscall.EDQUOT
+			for range 2 {
+				_, err := f.WriteAt(pattern(3*bs, 2), int64(off))
+				require.ErrorIs(t, err, syscall.EDQUOT)
+				require.NoError(t, f.EndErr())
+			}
+			require.Error(t, f.Truncate(int64(size+100)))
+			require.NoError(t, f.EndErr())
+			require.True(t, bytes.Equal(want, readAll(t, f)))
+			require.True(t, bytes.Equal(want, readAll(t, v.open(t, m, bs))))
+			m.refusal = nil
+			_, err := f.WriteAt(pattern(3*bs, 2), int64(off))
+			require.NoError(t, err)
+			require.EqualValues(t, max(size, off+3*bs), f.Size())
+			require.NoError(t, f.Settle())
+			readAll(t, v.open(t, m, bs))
+		}
+	}
+}
+
+// A store that copies on write and is full in the middle of a write refuses to take
+// back the end that was torn: it is kept, read from memory, and put back by the next
+// sync or write that finds room.
+func TestTornEndIsPutBackLater(t *testing.T) {
+	for _, size := range []int{0, 100, bs, bs + 100} {
+		for _, tear := range []int{1, 100, bs, 2*bs + 700} {
+			for _, off := range []int{size, size + 3*bs, size / 2} {
+				want := pattern(size, 1)
+				m, v, f := newTestFile(t, bs, want)
+				if size == 0 {
+					v.prime(t, f, bs)
+				}
+				m.tear = tear
+				_, err := f.WriteAt(pattern(3*bs, 2), int64(off))
+				require.ErrorIs(t, err, syscall.EDQUOT)
+				require.EqualValues(t, size, f.Size())
+				inside := off < size
+				if !inside {
+					require.True(t, bytes.Equal(want, readAll(t, f)))
+					require.ErrorIs(t, f.Sync(), syscall.EDQUOT)
+					_, err = f.WriteAt([]byte("more"), int64(size))
+					require.ErrorIs(t, err, syscall.EDQUOT)
+					require.True(t, bytes.Equal(want, readAll(t, f)))
+				}
+				m.refusal = nil
+				require.NoError(t, f.Sync())
+				require.EqualValues(t, StoredSize(int64(size), bs), len(m.data))
+				again := v.open(t, m, bs)
+				require.NoError(t, again.EndErr())
+				if !inside {
+					require.True(t, bytes.Equal(want, readAll(t, again)))
+				}
+				_, err = f.WriteAt(pattern(3*bs, 2), int64(size))
+				require.NoError(t, err)
+			}
+		}
+	}
+}
+
 func TestNoSpaceInAHole(t *testing.T) {
 	m, v, f := newTestFile(t, bs, pattern(10, 1))
 	require.NoError(t, f.Truncate(3<<20))

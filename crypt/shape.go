@@ -19,9 +19,13 @@ func (f *File) Truncate(size int64) error {
 	}
 	f.shape.Lock()
 	defer f.shape.Unlock()
-	switch old := f.size.Load(); {
-	case size == 0:
+	if size == 0 {
 		return f.cutAll()
+	}
+	if err := f.whole(); err != nil {
+		return err
+	}
+	switch old := f.size.Load(); {
 	case size == old:
 		return f.EndErr()
 	case size < old:
@@ -42,6 +46,7 @@ func (f *File) cutAll() error {
 	f.suspended = false
 	f.size.Store(0)
 	f.tail = nil
+	f.torn.Store(false)
 	f.bad.Store(nil)
 	f.mark.Store(markUnknown)
 	f.pending.remove(0, f.l.max())
@@ -92,7 +97,7 @@ func (f *File) replaceTail(tail []byte, block, stored int64) error {
 	buf := f.copyBuffer(tail)
 	defer buf.free()
 	f.launch(&buf, int64(len(tail)), block, true)
-	_, err = f.write(tail, block)
+	n, err = f.write(tail, block)
 	if err == nil {
 		err = f.b.Sync()
 	}
@@ -101,7 +106,9 @@ func (f *File) replaceTail(tail []byte, block, stored int64) error {
 	}
 	if err != nil {
 		buf.land() // else the cut would be finished behind the old record
-		_ = f.mend(&buf, before, block, false)
+		if n > 0 {
+			_ = f.mend(&buf, before, block, false)
+		}
 	}
 	return err
 }
@@ -215,6 +222,9 @@ func (f *File) Punch(off, n int64) error {
 	}
 	f.shape.Lock()
 	defer f.shape.Unlock()
+	if err := f.whole(); err != nil {
+		return err
+	}
 	return f.zero(off, n)
 }
 
@@ -229,6 +239,9 @@ func (f *File) Zero(off, n int64, keepSize bool) error {
 	}
 	f.shape.Lock()
 	defer f.shape.Unlock()
+	if err := f.whole(); err != nil {
+		return err
+	}
 	if err := f.zero(off, n); err != nil {
 		return err
 	}
@@ -341,8 +354,12 @@ func (f *File) clearStored(lo, hi int64) error {
 // Pending reports whether writes left gaps that Settle has to deal with.
 func (f *File) Pending() bool {
 	_, n := f.pending.list()
-	return n > 0
+	return n > 0 || f.Torn()
 }
+
+// Torn reports whether the end of the file is in memory only, because the store had no
+// room to take it back when a write had failed half-way. Settle tries again.
+func (f *File) Torn() bool { return f.torn.Load() }
 
 // Settle makes pending gaps true on disk: up to 1 MiB in all is sealed as
 // zeros, more is declared a hole, mark first; so is what the store has no room
@@ -354,6 +371,9 @@ func (f *File) Settle() error {
 	}
 	f.shape.Lock()
 	defer f.shape.Unlock()
+	if err := f.whole(); err != nil {
+		return err
+	}
 	c := f.cipher.Load()
 	if c == nil {
 		return nil

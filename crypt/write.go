@@ -2,7 +2,6 @@ package crypt
 
 import (
 	"errors"
-	"fmt"
 	"syscall"
 )
 
@@ -117,6 +116,11 @@ func (f *File) overwrite(w *write, size int64) error {
 	if err := f.checkEnd(w.last, size); err != nil {
 		return err
 	}
+	if f.isTail(w.last, size) {
+		if err := f.whole(); err != nil {
+			return err
+		}
+	}
 	if err := f.assemble(w, size, size); err != nil {
 		return err
 	}
@@ -141,7 +145,9 @@ func (f *File) repairTorn(w *write, n, size int64) {
 		return
 	}
 	if f.isTail(block, size) {
-		_ = f.mend(&w.buf, f.tail, block, false)
+		if f.mend(&w.buf, f.tail, block, false) != nil {
+			f.torn.Store(true)
+		}
 		return
 	}
 	rest := make([]byte, f.l.record-done)
@@ -157,10 +163,14 @@ func (f *File) extend(w *write, size int64) error {
 	if err := f.EndErr(); err != nil {
 		return err
 	}
+	if err := f.whole(); err != nil {
+		return err
+	}
 	if err := f.assemble(w, size, w.end); err != nil {
 		return err
 	}
-	if err := f.padTail(w, size); err != nil {
+	padded, err := f.padTail(w, size)
+	if err != nil {
 		return err
 	}
 	if n, err := f.put(&w.buf, len(w.records), w.first); err != nil {
@@ -168,7 +178,7 @@ func (f *File) extend(w *write, size int64) error {
 		if w.first+int64(n)/f.l.record < f.l.tail(size) {
 			f.repairTorn(w, int64(n), size)
 		}
-		return f.putBack(&w.buf, size, err)
+		return f.putBack(&w.buf, size, padded || n > 0, err)
 	}
 	if gap := f.l.tail(size + f.l.block - 1); gap < w.first {
 		f.pending.add(gap, w.first)
@@ -182,44 +192,73 @@ func (f *File) extend(w *write, size int64) error {
 // padTail makes the old partial tail a full block, if the write starts beyond
 // it. A new empty end goes with it in the same call, so that a crash between
 // this write and the next one leaves a well-formed file.
-func (f *File) padTail(w *write, size int64) error {
+func (f *File) padTail(w *write, size int64) (padded bool, err error) {
 	tail := f.l.tail(size)
 	if w.first <= tail || size%f.l.block == 0 {
-		return nil
+		return false, nil
 	}
 	plain := getScratch(f.l.block)
 	defer putScratch(plain)
 	clear(*plain)
 	if err := f.plainBlock(w.c, *plain, tail, size); err != nil {
-		return err
+		return false, err
 	}
 	r, err := w.c.start(2)
 	if err != nil {
-		return err
+		return false, err
 	}
 	buf := f.getBuffer(f.l.record + RecordOverhead)
 	defer buf.free()
 	records := r.seal(buf.b[:0], tail, *plain)
 	records = r.seal(records, tail+1, nil)
-	if _, err = f.put(&buf, len(records), tail); err != nil {
-		return f.putBack(&buf, size, err)
+	if n, err := f.put(&buf, len(records), tail); err != nil {
+		return false, f.putBack(&buf, size, n > 0, err)
 	}
-	return nil
+	return true, nil
 }
 
-// putBack restores the old end after a failed growth, and returns why it
-// failed. If even that fails, the end is bad.
-func (f *File) putBack(failed *buffer, size int64, cause error) error {
+// putBack restores the old end after a failed growth, and returns why it failed. A
+// store that copies on write (btrfs) and is full, or over quota, may refuse that, too,
+// so an end that nothing was written over (not torn) is left alone, and one that can't
+// be put back now is put back later (whole).
+func (f *File) putBack(failed *buffer, size int64, torn bool, cause error) error {
 	var err error
-	if size == 0 {
+	switch {
+	case size == 0:
 		err = f.b.Truncate(0)
-	} else {
+	case torn:
 		err = f.mend(failed, f.tail, f.l.tail(size), true)
+	default:
+		failed.land()
 	}
-	if err != nil {
-		f.setBad(fmt.Errorf("the end could not be put back after a failed write (%v): %w", err, ErrDamaged))
-	}
+	f.torn.Store(err != nil)
 	return cause
+}
+
+// whole puts back the end that the store refused to take back when a write had failed
+// half-way. Until it does, reads find the end in memory, and whatever changes or syncs
+// the end asks here first. The range of the end is locked, or shape exclusively.
+func (f *File) whole() error {
+	if !f.torn.Load() {
+		return nil
+	}
+	size := f.size.Load()
+	if size == 0 {
+		if err := f.b.Truncate(0); err != nil {
+			return err
+		}
+		f.torn.Store(false)
+		return nil
+	}
+	block := f.l.tail(size)
+	if err := f.b.Truncate(f.l.offset(block) + int64(len(f.tail))); err != nil {
+		return err
+	}
+	if err := f.putCopy(f.tail, block); err != nil {
+		return err
+	}
+	f.torn.Store(false)
+	return nil
 }
 
 // assemble completes w.records: it seals the edge blocks, which need what was

@@ -28,6 +28,8 @@ type file struct {
 	bar atomic.Pointer[bar]
 	// stale: the kernel may show pages that could not be written.
 	stale atomic.Bool
+	// kept: a use is counted for the end, which is in memory only (crypt.File.Torn).
+	kept atomic.Bool
 	// node is one that the kernel knows the file by, from the first handle on.
 	node atomic.Pointer[node]
 
@@ -204,6 +206,9 @@ func (f *file) dropWriter() (unused *crypt.Fresh) {
 	if v.Pending() {
 		if err := f.settleLocked(v); err != nil {
 			f.fs.log.trouble("writing the gaps of a file", f.id.ino, err)
+		}
+		if v.Torn() && !f.kept.Swap(true) {
+			f.fs.files.hold(f) // until settleOld finds room for its end
 		}
 	}
 	f.keepTold()

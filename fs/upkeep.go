@@ -91,7 +91,13 @@ func (u *upkeep) settle(now time.Time) {
 
 func (f *file) settleOld(now time.Time) {
 	v := f.view.Load()
-	if v == nil || !v.Pending() || f.sealErr() != nil {
+	if v == nil || f.sealErr() != nil {
+		return
+	}
+	if !v.Pending() {
+		if f.kept.Swap(false) {
+			f.fs.files.release(f) // not the last: our caller has it
+		}
 		return
 	}
 	f.mu.Lock()

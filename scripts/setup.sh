@@ -38,6 +38,7 @@ if [ "$what" = test ]; then
 	need setpriv util-linux
 	need mkfs.ext4 e2fsprogs
 	need mkfs.xfs xfsprogs
+	need mkfs.btrfs btrfs-progs
 	need gcc gcc
 	need make make
 	need stress-ng stress-ng

@@ -25,9 +25,9 @@ func TestFull(t *testing.T) {
 			v := volumeOn(t, e, kind, sizes[kind])
 			kept := harness.Noise(3<<20 + 17)
 			require.NoError(t, os.WriteFile(v.Path("kept"), kept, 0o600))
-			before := fillUp(t, v)
+			before := fillUp(t, v, unix.ENOSPC)
 			require.NotZero(t, before, "nothing fitted")
-			tail := appendUntilFull(t, v)
+			tail := appendUntilFull(t, v, unix.ENOSPC)
 			v.Remount()
 			got, err := os.ReadFile(v.Path("kept"))
 			require.NoError(t, err)
@@ -45,18 +45,14 @@ func TestFull(t *testing.T) {
 	}
 }
 
-// fillUp makes files until there is no room, and leaves those that are whole.
-func fillUp(t *testing.T, v *harness.Volume) (n int) {
+// fillUp makes files until there is no room, which full says, and leaves those that are whole.
+func fillUp(t *testing.T, v *harness.Volume, full error) (n int) {
 	t.Helper()
 	piece := harness.Noise(4 << 20)
 	for ; ; n++ {
 		name := v.Path(fmt.Sprint(n))
-		err := os.WriteFile(name, piece, 0o600)
-		if err == nil {
-			err = syncFile(name)
-		}
-		if err != nil {
-			require.ErrorIs(t, err, unix.ENOSPC)
+		if err := writeSynced(name, piece); err != nil {
+			require.ErrorIs(t, err, full)
 			require.NoError(t, os.Remove(name))
 			return n
 		}
@@ -64,7 +60,7 @@ func fillUp(t *testing.T, v *harness.Volume) (n int) {
 }
 
 // appendUntilFull appends odd pieces, syncing each, and gives what was synced.
-func appendUntilFull(t *testing.T, v *harness.Volume) (synced []byte) {
+func appendUntilFull(t *testing.T, v *harness.Volume, full error) (synced []byte) {
 	t.Helper()
 	f, err := os.OpenFile(v.Path("tail"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	require.NoError(t, err)
@@ -76,11 +72,25 @@ func appendUntilFull(t *testing.T, v *harness.Volume) (synced []byte) {
 			err = f.Sync()
 		}
 		if err != nil {
-			require.ErrorIs(t, err, unix.ENOSPC)
+			require.ErrorIs(t, err, full)
 			return synced
 		}
 		synced = append(synced, piece...)
 	}
+}
+
+// writeSynced makes a file and says how writing and syncing it ended; what close says
+// after that is old news.
+func writeSynced(path string, data []byte) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.Write(data); err != nil {
+		return err
+	}
+	return f.Sync()
 }
 
 func syncFile(path string) error {
