@@ -129,7 +129,7 @@ func undo(t *testing.T, v *harness.Volume, name string) {
 
 // TestQuotasBind: the daemon may not write past the quota of whom a file belongs to,
 // as root's programs may. (It can't, anyhow, where root lacks the capability for it;
-// TestGiveUp in cmd/kmsfs shows with another one that it is given up.)
+// TestDaemonKeepsFewCapabilities in cmd/kmsfs shows that it is born without.)
 func TestQuotasBind(t *testing.T) {
 	e := harness.New(t)
 	v := volume(t, e, "volume")
