@@ -364,7 +364,9 @@ func TestLockDropsWhatIsAhead(t *testing.T) {
 	w.reads(list[:4]...)
 	eventually(t, func() bool { return w.ring.Stats().AheadUnused > 0 })
 	w.ring.Lock()
-	eventually(t, func() bool { return crypt.LiveKeys() == before && w.ring.Stats().AheadUnused == 0 })
+	// Calls of the ring before may have been wiping their keys when that was counted.
+	eventually(t, func() bool { return crypt.LiveKeys() <= before && w.ring.Stats().CacheKeys == 0 })
+	require.Zero(t, w.ring.Stats().AheadUnused)
 	_, total := w.gate.count()
 	require.ErrorIs(t, openRaw(w.path(list[4]), unix.O_RDONLY), unix.EKEYREVOKED)
 	eventually(t, func() bool { return len(w.srv.fs.ahead.opens) == 0 })
