@@ -55,6 +55,15 @@ func (g *gate) Decrypt(ctx context.Context, key string, ec keys.EncryptionContex
 	return g.Provider.Decrypt(ctx, key, ec, blob)
 }
 
+// deny refuses the next Decrypt of each of some files.
+func (g *gate) deny(ids ...string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, id := range ids {
+		g.refuse[id] = 1
+	}
+}
+
 // shut holds up every Decrypt from now on until release is called.
 func (g *gate) shut() (release func()) {
 	g.mu.Lock()
@@ -296,9 +305,7 @@ func TestRefusedGuess(t *testing.T) {
 		ids[i] = w.id(name)
 	}
 	w.again(w.key)
-	for _, id := range ids[2:] {
-		w.gate.refuse[id] = 1
-	}
+	w.gate.deny(ids[2:]...)
 	w.reads(list[:2]...)
 	eventually(t, func() bool { return w.ring.Stats().AheadFailed > 0 })
 	// What was not guessed is refused in earnest; the rest opens.
@@ -320,7 +327,7 @@ func TestOpenMeetsAFailingGuess(t *testing.T) {
 	w.reads(list[0])
 	release := w.gate.shut()
 	defer release()
-	w.gate.refuse[third] = 1
+	w.gate.deny(third)
 	second := w.readsHeld(list[1])
 	eventually(t, func() bool { return w.gate.was(third) })
 	met := w.readsHeld(list[2])
