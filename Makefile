@@ -3,7 +3,7 @@ SHELL := /bin/bash
 export CGO_ENABLED ?= 1
 SIZES ?= 10000,200000
 
-.PHONY: help setup build test whole short fips fuzz race lint staticcheck vuln sbom reproducible posix apps demo bench-rekey rekey-kills clean
+.PHONY: help setup build test whole short fips fuzz race lint staticcheck vuln sbom reproducible posix apps demo bench benchstat bench-rekey rekey-kills clean
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,12 @@ sbom: build ## bin/kmsfs.cdx.json: every module in the program, CycloneDX
 
 reproducible: ## build in two directories and compare the programs byte by byte
 	@scripts/reproducible.sh
+
+bench: ## kmsfs beside other file systems, latency of KMS, large numbers (as root; BENCH=-quick: minutes); writes docs/BENCHMARKS.md
+	scripts/setup.sh bench && go run ./integration/bench -doc docs/BENCHMARKS.md $(BENCH)
+
+benchstat: ## the packages' own benchmarks of this tree against those of revision OLD, interleaved; RUN=regexp COUNT=10
+	scripts/benchstat.sh "$(OLD)" "$(or $(RUN),.)" "$(or $(COUNT),10)"
 
 bench-rekey: setup ## headers a second and peak memory of a rekey, beside a minimal loop and getfattr; SIZES=10000,200000
 	go run ./integration/bench rekey -files $(SIZES)

@@ -7,6 +7,31 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
+func BenchmarkSealBlock(b *testing.B) {
+	s := newSealer(newFresh(b, bs).Secrets)
+	plain, record := pattern(bs, 1), make([]byte, 0, bs+RecordOverhead)
+	b.SetBytes(bs)
+	b.ReportAllocs()
+	r, err := s.start(epochRecords)
+	require.NoError(b, err)
+	for b.Loop() {
+		record = r.seal(record[:0], 7, plain)
+	}
+}
+
+func BenchmarkOpenBlock(b *testing.B) {
+	s := newSealer(newFresh(b, bs).Secrets)
+	r, err := s.start(1)
+	require.NoError(b, err)
+	record, plain := r.seal(nil, 7, pattern(bs, 1)), make([]byte, bs)
+	o := s.opener()
+	b.SetBytes(bs)
+	b.ReportAllocs()
+	for b.Loop() {
+		require.NoError(b, o.open(plain, 7, record))
+	}
+}
+
 func BenchmarkWriteAt(b *testing.B) {
 	for _, n := range []int{bs, 128 << 10, 1 << 20} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
@@ -56,6 +81,15 @@ func BenchmarkParseHeader(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		_, err := ParseHeader(raw)
+		require.NoError(b, err)
+	}
+}
+
+func BenchmarkMarshalHeader(b *testing.B) {
+	h := sampleHeader(arnUUID)
+	b.ReportAllocs()
+	for b.Loop() {
+		_, err := h.Marshal()
 		require.NoError(b, err)
 	}
 }

@@ -2,7 +2,8 @@
 # Installs what is missing, and only that. "setup.sh demo" is enough to mount and
 # compare; "setup.sh test" adds the programs that the tests run on a mount and a
 # moto_server (an independent KMS) in a private virtual environment, .venv;
-# "setup.sh posix" has what is compared side by side.
+# "setup.sh posix" has what is compared side by side, "setup.sh bench" what speed is
+# compared with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-test}
@@ -27,6 +28,18 @@ if [ "$what" = posix ]; then
 	need openssl openssl # pjdfstest makes names with it
 	need bc bc           # and xfstests wants these two
 	need mkfs.xfs xfsprogs
+fi
+if [ "$what" = bench ]; then
+	need sqlite3 sqlite3
+	need git git
+	need setpriv util-linux
+	for peer in gocryptfs cryfs securefs encfs rclone; do
+		need $peer $peer
+	done
+	compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || {
+		packages+=(postgresql)
+		no_cluster=yes
+	}
 fi
 if [ "$what" = test ]; then
 	need setfacl acl

@@ -104,11 +104,11 @@ func showRuns(what string, services []service, all [][]took) {
 
 func (w *world) createAndRead(s service, name string, files int) (created, read took, err error) {
 	if s.kms != nil {
-		before := w.env
-		w.env = append(w.env[:len(w.env):len(w.env)], s.kms.env...)
-		defer func() { w.env = before }()
+		before := w.Env
+		w.Env = append(w.Env[:len(w.Env):len(w.Env)], s.kms.env...)
+		defer func() { w.Env = before }()
 	}
-	dir, point := filepath.Join(w.root, name), filepath.Join(w.root, name+".mnt")
+	dir, point := filepath.Join(w.Root, name), filepath.Join(w.Root, name+".mnt")
 	for _, d := range []string{dir, point} {
 		if err := os.Mkdir(d, 0o700); err != nil {
 			return created, read, err
@@ -154,8 +154,8 @@ func (w *world) onMount(dir, point string, s service, work func() error) (r took
 
 // showCost prints what the mount says of its key service.
 func (w *world) showCost(dir, name string) error {
-	cmd := exec.Command(w.program, "status", dir)
-	cmd.Env = w.env
+	cmd := exec.Command(w.Program, "status", dir)
+	cmd.Env = w.Env
 	out, err := cmd.Output()
 	if err != nil {
 		return fmt.Errorf("kmsfs status: %w", err)
@@ -213,20 +213,6 @@ func daemonOf(dir string) (pid int, err error) {
 	return s.Holder.PID, nil
 }
 
-// cpuOf is what processor time a process has used, by proc_pid_stat(5): fields 14 and
-// 15, in hundredths of a second on Linux.
-func cpuOf(pid int) time.Duration {
-	raw, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	_, rest, _ := strings.Cut(string(raw), ") ")
-	fields := strings.Fields(rest)
-	if len(fields) < 13 {
-		return 0
-	}
-	var user, system int64
-	_, _ = fmt.Sscan(fields[11]+" "+fields[12], &user, &system)
-	return time.Duration(user+system) * 10 * time.Millisecond
-}
-
 func (s service) cpu() time.Duration {
 	if s.kms == nil {
 		return 0
@@ -242,7 +228,7 @@ type kmsProcess struct {
 }
 
 func (w *world) startKMS(latency time.Duration) (*kmsProcess, error) {
-	program := filepath.Join(w.root, "kmstest")
+	program := filepath.Join(w.Root, "kmstest")
 	if _, err := os.Stat(program); err != nil {
 		if out, err := exec.Command("go", "build", "-o", program, "kmsfs/cmd/kmstest").CombinedOutput(); err != nil {
 			return nil, fmt.Errorf("building kmstest: %w\n%s", err, out)

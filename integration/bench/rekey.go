@@ -139,7 +139,7 @@ func benchKMS(w *world, n int) error {
 		return err
 	}
 	defer srv.Close()
-	w.env = append(w.env, srv.Env(srv.Admin())...)
+	w.Env = append(w.Env, srv.Env(srv.Admin())...)
 	keys := []string{srv.CreateKey("us-east-1"), srv.CreateKey("us-east-1")}
 	dir, err := w.fill(fmt.Sprint("kms", n), keys[0], n)
 	if err != nil {

@@ -9,38 +9,26 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"kmsfs/integration/peers"
 )
 
-// A world is a private place: the built program, directories of its own for
-// configuration, pins and keys, and volumes.
+// A world has the built program, directories of its own, and volumes.
 type world struct {
-	root, program string
-	env           []string
-	mounted       string
+	*peers.World
+	mounted string
 }
 
 func newWorld(parent string) (*world, error) {
-	root, err := os.MkdirTemp(parent, "kmsfs-bench.")
-	if err != nil {
-		return nil, err
-	}
-	w := &world{root: root, program: filepath.Join(root, "kmsfs")}
-	w.env = append(os.Environ(), "HOME="+root, "XDG_CONFIG_HOME="+root+"/config", "XDG_STATE_HOME="+root+"/state",
-		"XDG_RUNTIME_DIR="+root+"/run", "KMSFS_KEYRING="+root+"/keyring", "AWS_EC2_METADATA_DISABLED=true")
-	build := exec.Command("go", "build", "-trimpath", "-o", w.program, "kmsfs/cmd/kmsfs")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		w.close()
-		return nil, fmt.Errorf("building kmsfs: %w\n%s", err, out)
-	}
-	return w, nil
+	in, err := peers.New(parent)
+	return &world{World: in}, err
 }
 
 func (w *world) close() {
 	if w.mounted != "" {
 		_, _ = w.run("umount", w.mounted)
 	}
-	_ = os.RemoveAll(w.root)
+	w.Close()
 }
 
 // A cost is what a program took.
@@ -50,11 +38,11 @@ type cost struct {
 }
 
 // run runs kmsfs.
-func (w *world) run(args ...string) (cost, error) { return w.measure(exec.Command(w.program, args...)) }
+func (w *world) run(args ...string) (cost, error) { return w.measure(exec.Command(w.Program, args...)) }
 
 func (w *world) measure(cmd *exec.Cmd) (cost, error) {
 	var stderr bytes.Buffer
-	cmd.Env, cmd.Stderr = w.env, &stderr
+	cmd.Env, cmd.Stderr = w.Env, &stderr
 	start := time.Now()
 	err := cmd.Start()
 	if err != nil {
@@ -73,8 +61,8 @@ func (w *world) measure(cmd *exec.Cmd) (cost, error) {
 	return c, nil
 }
 
-// watchPeak reads the high-water mark of a process's resident memory, in KiB, as long
-// as it lives. (The kernel's ru_maxrss won't do: a child's begins with its parent's.)
+// watchPeak reads the high-water mark of a process's memory, in KiB, as long as it
+// lives.
 func watchPeak(pid int, ended <-chan struct{}) (peak int64) {
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
@@ -84,20 +72,15 @@ func watchPeak(pid int, ended <-chan struct{}) (peak int64) {
 			return peak
 		case <-tick.C:
 		}
-		status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-		if _, rest, ok := strings.Cut(string(status), "VmHWM:"); ok {
-			var now int64
-			if n, _ := fmt.Sscan(rest, &now); n == 1 {
-				peak = max(peak, now)
-			}
-		}
+		_, now := memoryOf(pid)
+		peak = max(peak, now)
 	}
 }
 
 // fill makes a volume with files of 100 bytes, a hundred to a directory, through a
 // mount.
 func (w *world) fill(name, key string, files int) (dir string, err error) {
-	dir, point := filepath.Join(w.root, name), filepath.Join(w.root, name+".mnt")
+	dir, point := filepath.Join(w.Root, name), filepath.Join(w.Root, name+".mnt")
 	for _, d := range []string{dir, point} {
 		if err := os.Mkdir(d, 0o700); err != nil {
 			return "", err
