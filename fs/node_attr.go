@@ -73,6 +73,9 @@ var _ = (fusefs.NodeSetattrer)((*node)(nil))
 // Setattr changes size, owner, mode and times, in this order: each may undo a
 // part of what comes before it.
 func (n *node) Setattr(ctx context.Context, fh fusefs.FileHandle, in *fuse.SetAttrIn, out *fuse.AttrOut) syscall.Errno {
+	if fh == nil && isTimeFlush(in) && n.fs.orphans.unused(n) {
+		return ok
+	}
 	err := n.setattr(ctx, fh, in)
 	if isTimeFlush(in) && lostOnly(err) {
 		err = nil

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"syscall"
-	"time"
 
 	fusefs "github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -13,12 +12,6 @@ import (
 	"kmsfs/crypt"
 	"kmsfs/volume"
 )
-
-// within bounds how long a request may wait for Keys. Signals end it too; they
-// are ignored for everything local (Go programs send themselves many).
-func within(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(ctx, d)
-}
 
 func writes(flags uint32) bool { return flags&syscall.O_ACCMODE != syscall.O_RDONLY }
 

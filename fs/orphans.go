@@ -62,13 +62,25 @@ func (o *orphanage) acquire(n *node) *orphan {
 
 func (o *orphanage) release(kept *orphan) {
 	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.releaseLocked(kept)
+	last := o.releaseLocked(kept)
+	o.mu.Unlock()
+	last.close()
 }
 
-func (o *orphanage) releaseLocked(kept *orphan) {
+// releaseLocked gives up a use, and returns what the caller closes once mu is free:
+// the last close of a removed file is when the backing store frees its blocks, and
+// whoever removes the next one would wait for that.
+func (o *orphanage) releaseLocked(kept *orphan) (last *orphan) {
 	kept.uses--
-	if kept.uses == 0 {
+	if kept.uses > 0 {
+		return nil
+	}
+	return kept
+}
+
+// close may be called on nil.
+func (kept *orphan) close() {
+	if kept != nil {
 		unix.Close(kept.fd)
 	}
 }
@@ -79,15 +91,18 @@ func (o *orphanage) drop(n *node) {
 		return
 	}
 	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.dropLocked(n)
+	last := o.dropLocked(n)
+	o.mu.Unlock()
+	last.close()
 }
 
-func (o *orphanage) dropLocked(n *node) {
-	if kept := n.orphan.Swap(nil); kept != nil {
-		delete(o.nodes, n)
-		o.releaseLocked(kept)
+func (o *orphanage) dropLocked(n *node) (last *orphan) {
+	kept := n.orphan.Swap(nil)
+	if kept == nil {
+		return nil
 	}
+	delete(o.nodes, n)
+	return o.releaseLocked(kept)
 }
 
 // drain gives up all, with the mount.
@@ -95,8 +110,21 @@ func (o *orphanage) drain() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for n := range o.nodes {
-		o.dropLocked(n)
+		o.dropLocked(n).close()
 	}
+}
+
+// unused says that a node has lost its last name and has no handle: nobody will see
+// its times any more, and the kernel stores them once for each file it removes.
+func (o *orphanage) unused(n *node) bool {
+	if n.orphan.Load() == nil || n.Mode() != syscall.S_IFREG {
+		return false
+	}
+	f := n.fs.files.find(n.id)
+	if f != nil {
+		n.fs.files.release(f)
+	}
+	return f == nil
 }
 
 func (o *orphanage) len() int {
@@ -120,12 +148,15 @@ func (n *node) keepOrphan(d *volume.Dir, name string) (done func(removed bool)) 
 	if err != nil {
 		return none
 	}
-	if c.checkFd(fd) != nil {
+	var st unix.Statx_t
+	if n.fs.statFd(fd, &st) != nil || c.check(&st) != nil {
 		unix.Close(fd)
 		return none
 	}
+	// The kernel makes no link of what it removes a name of.
+	last := st.Nlink == 1
 	return func(removed bool) {
-		if !removed || !c.nameless(fd) || !n.fs.orphans.take(c, fd, maxOrphans) {
+		if !removed || !last && !c.nameless(fd) || !n.fs.orphans.take(c, fd, maxOrphans) {
 			unix.Close(fd) // nobody else has seen it
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hanwen/go-fuse/v2/fuse"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 )
@@ -80,6 +81,35 @@ func TestOrphanOutlivesForget(t *testing.T) {
 	require.Equal(t, 1, kept.uses)
 	orphans.release(kept)
 	require.Zero(t, kept.uses, "never closed")
+}
+
+// The kernel stores the times of each file that it has removed. That is answered
+// without a look at the file, unless somebody has it open, who could see them.
+func TestTimesOfTheRemovedAreNotStored(t *testing.T) {
+	w := newWorld(t)
+	in := &fuse.SetAttrIn{}
+	in.Valid = fuse.FATTR_MTIME | fuse.FATTR_CTIME
+	in.Mtime = 1234
+	mtime := func(n *node) (sec int64) {
+		var st unix.Statx_t
+		_, is := n.throughOrphan(func(fd int) error { return w.srv.fs.statFd(fd, &st) })
+		require.True(t, is)
+		return st.Mtime.Sec
+	}
+	n, done := w.orphaned("closed")
+	defer done()
+	require.Eventually(t, func() bool { return w.srv.fs.files.len() == 0 }, 10*time.Second, 100*time.Microsecond)
+	require.Zero(t, n.Setattr(t.Context(), nil, in, new(fuse.AttrOut)))
+	require.NotEqual(t, int64(1234), mtime(n))
+
+	w.write("open", []byte("contents"))
+	f, err := os.Open(w.path("open"))
+	require.NoError(t, err)
+	defer f.Close()
+	n = w.srv.fs.root.known("open")
+	require.NoError(t, os.Remove(w.path("open")))
+	require.Zero(t, n.Setattr(t.Context(), nil, in, new(fuse.AttrOut)))
+	require.Equal(t, int64(1234), mtime(n))
 }
 
 // If a kept descriptor were another file's after all, nothing of that is served.
