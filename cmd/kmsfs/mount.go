@@ -256,6 +256,7 @@ func (m *mounting) mounted(metrics net.Listener) (err error) {
 	m.log.Info("mounted", "volume", m.v.ID().String(), "dir", m.dir, "mountpoint", m.point, "keys", m.ring.Trusted())
 	done := make(chan struct{})
 	go m.unmountOn(signals, done)
+	go keepMemorySmall(done, trimEvery)
 	if limit := time.Duration(m.cfg.Mount.IdleUnmount); limit > 0 {
 		go m.unmountIdle(limit, done)
 	}
