@@ -1,6 +1,9 @@
 package crypt
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+)
 
 // IsStoredName reports whether a stored name has the form that EncryptName gives:
 // what can be told of it without the volume's key.
@@ -38,8 +41,8 @@ func (f *File) CutEnd() (int64, error) {
 	defer f.shape.Unlock()
 	size := f.size.Load()
 	c := f.cipher.Load()
-	if f.EndErr() == nil {
-		return size, nil
+	if err := f.EndErr(); !errors.Is(err, ErrDamaged) { // good, or the store would not give it
+		return size, err
 	}
 	if c == nil {
 		return size, ErrWiped
@@ -83,8 +86,8 @@ func (f *File) lastGood(c *sealer, block int64) (int64, error) {
 		if n < len(record) {
 			return 0, fmt.Errorf("reading back from the end (%v): %w", err, ErrDamaged)
 		}
-		if f.open(o, plain, block, record) == nil {
-			return block, nil
+		if err := f.open(o, plain, block, record); !errors.Is(err, ErrDamaged) {
+			return block, err
 		}
 	}
 	return 0, fmt.Errorf("no whole block before the end is good: %w", ErrDamaged)

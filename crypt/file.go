@@ -1,6 +1,7 @@
 package crypt
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -141,6 +142,25 @@ func (f *File) EndErr() error {
 		return *p
 	}
 	return nil
+}
+
+// readEndAgain tries once more to read an end that the store would not give: that is
+// no damage, and may be over. No lock is held.
+func (f *File) readEndAgain() {
+	unread := func() bool { err := f.EndErr(); return err != nil && !errors.Is(err, ErrDamaged) }
+	if !unread() {
+		return
+	}
+	f.shape.Lock()
+	defer f.shape.Unlock()
+	if !unread() || f.suspended {
+		return
+	}
+	if err := f.readEnd(f.l.stored(f.size.Load())); err != nil {
+		f.setBad(err)
+		return
+	}
+	f.bad.Store(nil)
 }
 
 // checkEnd fails if the end is bad and block is the last one that exists, or

@@ -13,6 +13,7 @@ func (f *File) ReadAt(p []byte, off int64) (n int, err error) {
 	if off < 0 {
 		return 0, syscall.EINVAL
 	}
+	f.readEndAgain()
 	for n < len(p) {
 		m, err := f.readChunk(p[n:min(len(p), n+chunkSize)], off+int64(n))
 		n += m

@@ -3,6 +3,7 @@ package crypt
 import (
 	"errors"
 	"fmt"
+	"io"
 	"syscall"
 )
 
@@ -17,6 +18,7 @@ func (f *File) Truncate(size int64) error {
 	if size > f.l.max() {
 		return ErrTooLarge
 	}
+	f.readEndAgain()
 	f.shape.Lock()
 	defer f.shape.Unlock()
 	if size == 0 {
@@ -91,8 +93,11 @@ func (f *File) cut(size, old int64) error {
 func (f *File) replaceTail(tail []byte, block, stored int64) error {
 	before := make([]byte, len(tail))
 	n, err := f.b.ReadAt(before, f.l.offset(block))
+	if n < len(before) && errors.Is(err, io.EOF) {
+		return fmt.Errorf("the record of the new end is cut short: %w", ErrDamaged)
+	}
 	if n < len(before) {
-		return fmt.Errorf("reading the record of the new end (%v): %w", err, ErrDamaged)
+		return fmt.Errorf("reading the record of the new end: %w", err)
 	}
 	buf := f.copyBuffer(tail)
 	defer buf.free()
@@ -141,7 +146,8 @@ func (f *File) grow(size, old, limit int64) error {
 	}
 	gap := f.l.tail(old + f.l.block - 1)
 	if err := f.clearStored(gap, min(gap+1, at/f.l.block)); err != nil {
-		return err // the gap stays pending and is settled later
+		f.cutBack(old)
+		return err
 	}
 	f.pending.remove(gap, at/f.l.block)
 	return nil
@@ -151,9 +157,7 @@ func (f *File) appendZeros(c *sealer, size, old int64) error {
 	for at := old; at < size; {
 		end := min(size, at+chunkSize-at%f.l.block)
 		if err := f.extendZeros(c, at, end, f.size.Load()); err != nil {
-			if back := f.cutBack(old); back != nil {
-				f.setBad(back)
-			}
+			f.cutBack(old)
 			return err
 		}
 		at = end
@@ -161,8 +165,14 @@ func (f *File) appendZeros(c *sealer, size, old int64) error {
 	return nil
 }
 
-// cutBack undoes a growth that failed half-way.
-func (f *File) cutBack(old int64) error {
+// cutBack undoes a growth that failed half-way. If even that fails, the end is bad.
+func (f *File) cutBack(old int64) {
+	if err := f.tryCutBack(old); err != nil {
+		f.setBad(fmt.Errorf("the end could not be put back after the file could not grow (%v): %w", err, ErrDamaged))
+	}
+}
+
+func (f *File) tryCutBack(old int64) error {
 	if f.size.Load() == old {
 		return nil
 	}
@@ -220,6 +230,7 @@ func (f *File) Punch(off, n int64) error {
 	if off < 0 || n <= 0 {
 		return syscall.EINVAL
 	}
+	f.readEndAgain()
 	f.shape.Lock()
 	defer f.shape.Unlock()
 	if err := f.whole(); err != nil {
@@ -237,6 +248,7 @@ func (f *File) Zero(off, n int64, keepSize bool) error {
 	if off > f.l.max()-n {
 		return ErrTooLarge
 	}
+	f.readEndAgain()
 	f.shape.Lock()
 	defer f.shape.Unlock()
 	if err := f.whole(); err != nil {
@@ -258,6 +270,7 @@ func (f *File) Allocate(off, n int64, keepSize bool) error {
 	if off > f.l.max()-n {
 		return ErrTooLarge
 	}
+	f.readEndAgain()
 	f.shape.Lock()
 	defer f.shape.Unlock()
 	return f.allocate(off, n, keepSize)

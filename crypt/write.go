@@ -16,6 +16,7 @@ func (f *File) WriteAt(p []byte, off int64) (n int, err error) {
 	if off > f.l.max()-int64(len(p)) {
 		return 0, ErrTooLarge
 	}
+	f.readEndAgain()
 	for n < len(p) {
 		// Chunks end on a block boundary, so that only the outer edges
 		// are partial.
@@ -137,8 +138,9 @@ func (f *File) overwrite(w *write, size int64) error {
 }
 
 // repairTorn puts back what a short write tore: the tail, which is in memory,
-// or a hole. Any other record had its space already, so that a store which
-// still refuses it has failed for good: it reads EBADMSG until it is rewritten.
+// or a hole. Any other record had its space already, so that the rest of the new
+// one is tried once more; a store that still refuses it has failed for good, and
+// the block reads EBADMSG until it is rewritten.
 func (f *File) repairTorn(w *write, n, size int64) {
 	block, done := w.first+n/f.l.record, n%f.l.record
 	if done == 0 || f.pending.has(block) {
@@ -154,7 +156,9 @@ func (f *File) repairTorn(w *write, n, size int64) {
 	_, err := f.b.ReadAt(rest, f.l.offset(block)+done)
 	if ok, _ := f.marked(w.c); ok && err == nil && isZero(rest) {
 		_, _ = f.write(make([]byte, done), block)
+		return
 	}
+	_, _ = f.b.WriteAt(w.records[n:n-done+f.l.record], f.l.offset(block)+done)
 }
 
 // extend writes past the end, with tailMu and the range of both ends held.
