@@ -76,6 +76,16 @@ func (n *node) Setattr(ctx context.Context, fh fusefs.FileHandle, in *fuse.SetAt
 	if fh == nil && isTimeFlush(in) && n.fs.orphans.unused(n) {
 		return ok
 	}
+	// Once the size is changed nothing may fail: the kernel would keep the old one, and
+	// show zeros up to it. So there must be an answer before.
+	size, sized := in.GetSize()
+	var before unix.Statx_t
+	if sized {
+		if err := n.statVia(fh, &before); err != nil {
+			return n.errno("setattr", err)
+		}
+		before.Size = size
+	}
 	err := n.setattr(ctx, fh, in)
 	if isTimeFlush(in) && lostOnly(err) {
 		err = nil
@@ -88,7 +98,10 @@ func (n *node) Setattr(ctx context.Context, fh fusefs.FileHandle, in *fuse.SetAt
 		if isTimeFlush(in) {
 			return ok // the kernel doesn't look at the answer
 		}
-		return n.errno("setattr", err)
+		if !sized {
+			return n.errno("setattr", err)
+		}
+		st = before
 	}
 	n.fs.attr(&st, &out.Attr)
 	out.SetTimeout(n.fs.opts.AttrTimeout)
@@ -118,7 +131,20 @@ func (n *node) setattr(ctx context.Context, fh fusefs.FileHandle, in *fuse.SetAt
 		if err := n.setSize(ctx, handleOf(fh), size); err != nil {
 			return err
 		}
+		if in.Valid&explicit == 0 { // the times that go with it
+			_ = n.setRest(fh, in)
+			return nil
+		}
 	}
+	return n.setRest(fh, in)
+}
+
+// explicit is what is set beside a size and its times only because somebody asked, or
+// for safety.
+const explicit = fuse.FATTR_MODE | fuse.FATTR_UID | fuse.FATTR_GID | fuse.FATTR_KILL_SUIDGID | killSetgid
+
+// setRest sets all but the size.
+func (n *node) setRest(fh fusefs.FileHandle, in *fuse.SetAttrIn) error {
 	if h := handleOf(fh); h != nil {
 		return n.setMeta(h.f.descriptor(), in)
 	}

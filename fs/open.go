@@ -313,6 +313,7 @@ func (f *file) needsKey(c change) bool {
 // changeLocked makes the change and returns the key if it was not taken.
 func (f *file) changeLocked(c change, fresh *crypt.Fresh) (*crypt.Fresh, error) {
 	v := f.view.Load()
+	todo := c.cut
 	if c.cut && c.size == 0 && v == nil {
 		// Nobody has it open: its contents go without their key, damaged or not.
 		if err := f.store.Truncate(0); err != nil {
@@ -321,13 +322,13 @@ func (f *file) changeLocked(c change, fresh *crypt.Fresh) (*crypt.Fresh, error) 
 		if err := f.setView(0, nil); err != nil {
 			return fresh, err
 		}
-		v = f.view.Load()
+		v, todo = f.view.Load(), false // nothing may fail any more
 	}
 	// The key goes first: a write may follow the cut at once.
 	if fresh != nil && f.needsKey(c) && v.Prime(fresh) {
 		fresh = nil
 	}
-	if c.cut {
+	if todo {
 		if err := v.Truncate(c.size); err != nil {
 			return f.unprime(v, fresh), err
 		}
