@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -176,14 +177,19 @@ func endpointIn(ctx context.Context, sources []any) (endpoint string) {
 	return endpoint
 }
 
-// refresh drops the credentials in memory that a key is used with, so that the
-// next call fetches new ones.
-func (c *clients) refresh(key string) {
+// refresh drops the credentials in memory that a key is used with, and the profile
+// they came from, so that the next call fetches new ones: what the SDK has read from a
+// shared file it never reads again. After a bad signature (code) the profile stays: its
+// clients have just learned how wrong our clock is.
+func (c *clients) refresh(key, code string) {
 	name := c.profileOf(key)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if p := c.profiles[name]; p != nil {
 		p.creds.cache.Invalidate()
+		if code != codeBadSignature {
+			delete(c.profiles, name)
+		}
 	}
 }
 
@@ -230,10 +236,10 @@ type awsCall struct {
 type request func(context.Context, *awskms.Client) error
 
 // call makes one request until it succeeds, fails for good, or its time is up:
-// jittered backoff, credentials refreshed once.
+// jittered backoff, credentials refreshed once for each way to refuse them.
 func (a *AWS) call(ctx context.Context, op, key string, f request) error {
 	c := &awsCall{AWS: a, op: op, key: key, started: time.Now(), left: a.deadline, backoff: firstBackoff}
-	refreshed := false
+	var refreshed []string // for which codes
 	for {
 		e := c.attempt(ctx, op, key, f)
 		noteThrottling(ctx, e)
@@ -248,9 +254,12 @@ func (a *AWS) call(ctx context.Context, op, key string, f request) error {
 			return nil
 		case ctx.Err() != nil || c.left <= 0:
 			return concluded(e, c.last)
-		case e.Kind == KindCredentials && e.Code != "" && !refreshed:
-			refreshed = true
-			a.clients.refresh(key)
+		case e.Kind == KindCredentials && e.Code != "" && !slices.Contains(refreshed, e.Code):
+			refreshed = append(refreshed, e.Code)
+			a.clients.refresh(key, e.Code)
+		case e.Kind == KindCredentials && e.Code == "": // there are none, yet
+			a.clients.refresh(key, "")
+			return e
 		case !e.Kind.retryable() || c.starved(e):
 			return e
 		}

@@ -28,7 +28,7 @@ var codeKinds = map[string]Kind{
 	"ExpiredToken":                        KindCredentials,
 	"UnrecognizedClientException":         KindCredentials,
 	"InvalidClientTokenId":                KindCredentials,
-	"InvalidSignatureException":           KindCredentials, // also a skewed clock; the SDK corrects it on the second try
+	codeBadSignature:                      KindCredentials, // also a skewed clock; the SDK corrects it on the second try
 	"SignatureDoesNotMatch":               KindCredentials,
 	"IncompleteSignatureException":        KindCredentials,
 	"MissingAuthenticationTokenException": KindCredentials,
@@ -60,6 +60,7 @@ var codeKinds = map[string]Kind{
 
 const (
 	codeInvalidState = "KMSInvalidStateException"
+	codeBadSignature = "InvalidSignatureException"
 	codeDryRun       = "DryRunOperationException"
 )
 
