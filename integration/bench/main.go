@@ -5,6 +5,7 @@
 //	go run ./integration/bench [-quick] [-rounds N] [-only WHAT] [-peers NAMES] [-scale X] [-doc FILE]
 //	go run ./integration/bench rekey [-files 10000,200000] [-rounds 3]
 //	go run ./integration/bench latency [-files 20000] [-latency 10ms,25ms] [-rounds 3]
+//	go run ./integration/bench inodes [-files 100000,1000000]
 //
 // It runs as root, which alone may drop the kernel's caches. Targets that are missed
 // are told, and are no failure: how fast a machine is, is nobody's fault.
@@ -39,6 +40,8 @@ func run(args []string) error {
 		return runRekey(args[1:])
 	case len(args) > 0 && args[0] == "latency":
 		return runLatency(args[1:])
+	case len(args) > 0 && args[0] == "inodes":
+		return runInodes(args[1:])
 	case len(args) > 0 && args[0] == "step":
 		return runStep(args[1:])
 	}
@@ -54,15 +57,37 @@ func runRekey(args []string) error {
 	if err := fl.Parse(args); err != nil {
 		return err
 	}
-	var list []int
-	for _, s := range strings.Split(*sizes, ",") {
-		n, err := strconv.Atoi(s)
+	list, err := counts(*sizes)
+	if err != nil {
+		return err
+	}
+	return benchRekey(*dir, list, *rounds, strings.Contains(*kinds, "local"), strings.Contains(*kinds, "kms"))
+}
+
+func runInodes(args []string) error {
+	fl := flag.NewFlagSet("inodes", flag.ContinueOnError)
+	sizes := fl.String("files", "100000,1000000", "numbers of files, separated by commas")
+	dir := fl.String("dir", "", "where to make the volumes (default: a temporary directory)")
+	if err := fl.Parse(args); err != nil {
+		return err
+	}
+	list, err := counts(*sizes)
+	if err != nil {
+		return err
+	}
+	return benchInodes(*dir, list)
+}
+
+// counts reads numbers of files, separated by commas.
+func counts(s string) (list []int, err error) {
+	for _, part := range strings.Split(s, ",") {
+		n, err := strconv.Atoi(part)
 		if err != nil || n < 1 {
-			return fmt.Errorf("-files: %q is not a number of files", s)
+			return nil, fmt.Errorf("-files: %q is not a number of files", part)
 		}
 		list = append(list, n)
 	}
-	return benchRekey(*dir, list, *rounds, strings.Contains(*kinds, "local"), strings.Contains(*kinds, "kms"))
+	return list, nil
 }
 
 // A bench is one run of everything that was asked for.

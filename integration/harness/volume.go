@@ -31,9 +31,14 @@ type Volume struct {
 // checked when the test ends.
 func (e *Env) Init(name string, args ...string) *Volume {
 	e.T.Helper()
-	v := &Volume{Env: e, Dir: filepath.Join(e.Mkdir(name), "backing"), Mnt: filepath.Join(e.Root, name, "mnt")}
-	e.Mkdir(filepath.Join(name, "backing"))
-	e.Mkdir(filepath.Join(name, "mnt"))
+	return e.initIn(filepath.Join(name, "backing"), name, args...)
+}
+
+// initIn makes a volume in the directory dir of this world.
+func (e *Env) initIn(dir, name string, args ...string) *Volume {
+	e.T.Helper()
+	e.Mkdir(name)
+	v := &Volume{Env: e, Dir: e.Mkdir(dir), Mnt: e.Mkdir(filepath.Join(name, "mnt"))}
 	e.T.Cleanup(v.end)
 	e.Must(append([]string{"init", v.Dir}, args...)...)
 	var st unix.Stat_t
