@@ -3,7 +3,7 @@ SHELL := /bin/bash
 export CGO_ENABLED ?= 1
 SIZES ?= 10000,200000
 
-.PHONY: help setup build test whole short fips fuzz race lint staticcheck vuln sbom reproducible posix apps demo bench benchstat bench-rekey rekey-kills clean
+.PHONY: help setup build test whole short fips fuzz race lint staticcheck vuln sbom reproducible posix apps demo bench benchstat bench-rekey rekey-kills torture clean
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ bench-rekey: setup ## headers a second and peak memory of a rekey, beside a mini
 
 rekey-kills: setup ## kill -9 a rekey KILLS (100) times among FILES (20000) files, on KEYS (local or kmstest) keys
 	KMSFS_TEST_KILLS=$(or $(KILLS),100) KMSFS_TEST_FILES=$(or $(FILES),20000) KMSFS_TEST_KEYS=$(or $(KEYS),local) go test -count=1 -timeout 180m -v -run TestRekeyKilledAnywhere ./integration
+
+torture: setup ## crashes, faults and mutations at length, and what was tried (CRASHES, KILLS, SCRIPTS, FAULTS, MUTATIONS, INODES: scripts/torture.sh)
+	@scripts/torture.sh
 
 posix: setup ## POSIX suites on mounts, at length, then counts side by side with other file systems (PJDFSTEST=DIR, XFSTESTS=DIR: built ones)
 	scripts/setup.sh posix && go test -count=1 -timeout 180m ./integration/posix -exercise 30000 && go run ./integration/sidebyside
