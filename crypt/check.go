@@ -1,8 +1,10 @@
 package crypt
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
 )
 
 // IsStoredName reports whether a stored name has the form that EncryptName gives:
@@ -33,9 +35,10 @@ func CheckSize(stored int64, blockSize int) error {
 }
 
 // CutEnd cuts a bad end off, back to the last record that is good, and returns the
-// new size. It is for who has decided to lose what stands behind that record; nothing
-// before it is touched. If no good record is near the file stays as it is. On a file
-// whose end is good it does nothing.
+// new size: a full one, or behind it a shorter one that ended the file before it grew
+// or after it shrank. It is for who has decided to lose what stands behind that record;
+// nothing before it is touched. If no good record is near the file stays as it is. On a
+// file whose end is good it does nothing.
 func (f *File) CutEnd() (int64, error) {
 	f.shape.Lock()
 	defer f.shape.Unlock()
@@ -51,19 +54,28 @@ func (f *File) CutEnd() (int64, error) {
 	if err != nil {
 		return size, err
 	}
-	r, err := c.start(1)
+	block := good + 1
+	tail, err := f.shorter(c, block)
 	if err != nil {
 		return size, err
 	}
-	block := good + 1
-	tail := r.seal(nil, block, nil)
-	if err := f.putCopy(tail, block); err != nil {
-		return size, err
+	if tail == nil {
+		if good < 0 {
+			return size, fmt.Errorf("no record of the file is good: %w", ErrDamaged)
+		}
+		r, err := c.start(1)
+		if err != nil {
+			return size, err
+		}
+		tail = r.seal(nil, block, nil)
+		if err := f.putCopy(tail, block); err != nil {
+			return size, err
+		}
 	}
 	if err := f.b.Sync(); err != nil {
 		return size, err
 	}
-	size = block * f.l.block
+	size = block*f.l.block + int64(len(tail)) - RecordOverhead
 	if err := f.b.Truncate(f.l.stored(size)); err != nil {
 		return f.size.Load(), err
 	}
@@ -77,7 +89,40 @@ func (f *File) CutEnd() (int64, error) {
 // can make a file as long as he likes.
 const maxCutBack = 1 << 18
 
-// lastGood is the last full record, from block backwards, that opens.
+// maxSalvage bounds what is authenticated in search of a shorter record, in bytes.
+const maxSalvage = 64 << 20
+
+// shorter looks for a partial record at the place of a block, whatever stands behind
+// it; nil if there is none. A file that grew by a size alone has zeros there, so the
+// lengths are tried first that leave nothing else.
+func (f *File) shorter(c *sealer, block int64) ([]byte, error) {
+	record := make([]byte, f.l.record-1)
+	n, err := f.b.ReadAt(record, f.l.offset(block))
+	if err != nil && err != io.EOF {
+		return nil, fmt.Errorf("reading what stands behind the last good block: %w", err)
+	}
+	record = record[:n]
+	used := len(bytes.TrimRight(record, "\x00"))
+	plain, o, left := make([]byte, f.l.block), c.opener(), maxSalvage
+	opens := func(n int) bool {
+		left -= n
+		return n >= RecordOverhead && n <= len(record) && o.open(plain[:n-RecordOverhead], block, record[:n]) == nil
+	}
+	for n := used; n < used+16; n++ { // the 16 bytes of a tag may end in zeros
+		if opens(n) {
+			return record[:n], nil
+		}
+	}
+	for n := used - 1; n >= RecordOverhead && left > 0; n-- {
+		if opens(n) {
+			return record[:n], nil
+		}
+	}
+	return nil, nil
+}
+
+// lastGood is the last full record, from block backwards, that opens; -1 if none of
+// the file does.
 func (f *File) lastGood(c *sealer, block int64) (int64, error) {
 	record := make([]byte, f.l.record)
 	plain := make([]byte, f.l.block)
@@ -89,6 +134,9 @@ func (f *File) lastGood(c *sealer, block int64) (int64, error) {
 		if err := f.open(o, plain, block, record); !errors.Is(err, ErrDamaged) {
 			return block, err
 		}
+	}
+	if block < 0 {
+		return -1, nil
 	}
 	return 0, fmt.Errorf("no whole block before the end is good: %w", ErrDamaged)
 }

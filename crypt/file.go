@@ -48,6 +48,7 @@ type File struct {
 	b      Backing
 	l      layout
 	keeper SlotKeeper // nil if b has no slots
+	tails  TailKeeper // nil if b keeps no tails
 
 	shape  sync.RWMutex
 	tailMu sync.Mutex // "tail" in the lock order
@@ -58,6 +59,9 @@ type File struct {
 	fresh  atomic.Pointer[Fresh]  // for the growth from 0; changed with shape held
 	// suspended: cipher is there and wiped, until Resume. Guarded by shape.
 	suspended bool
+	// young: none of what is stored was ever synced, so that no tail needs to be
+	// kept. Set with shape held exclusively.
+	young atomic.Bool
 	// bad is why the end can't be trusted: changed with shape held exclusively,
 	// or with tailMu.
 	bad atomic.Pointer[error]
@@ -97,7 +101,9 @@ const chunkSize = 1 << 20
 func NewFile(b Backing, blockSize int, stored int64, s *Secrets) (*File, error) {
 	f := &File{b: b, l: newLayout(blockSize), ranges: newRangeLock()}
 	f.keeper, _ = b.(SlotKeeper)
+	f.tails, _ = b.(TailKeeper)
 	if stored == 0 {
+		f.young.Store(true)
 		s.Wipe() // a header over no bytes is never used again
 		return f, nil
 	}
@@ -274,7 +280,7 @@ func (f *File) Sync() error {
 	if err := f.Settle(); err != nil {
 		return err
 	}
-	return f.b.Sync()
+	return f.SyncBy(f.b.Sync)
 }
 
 // Close wipes the keys. It neither settles nor closes the backing file.

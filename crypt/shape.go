@@ -46,6 +46,7 @@ func (f *File) cutAll() error {
 		c.wipe()
 	}
 	f.suspended = false
+	f.young.Store(true)
 	f.size.Store(0)
 	f.tail = nil
 	f.torn.Store(false)
@@ -78,6 +79,9 @@ func (f *File) cut(size, old int64) error {
 		return err
 	}
 	tail := r.seal(nil, block, (*plain)[:keep])
+	if err := f.guardCut(c, size, old); err != nil {
+		return err
+	}
 	if err := f.replaceTail(tail, block, f.l.stored(size)); err != nil {
 		return err
 	}
@@ -351,6 +355,11 @@ func (f *File) setMark(c *sealer) error {
 func (f *File) clearStored(lo, hi int64) error {
 	if lo >= hi {
 		return nil
+	}
+	if f.tails != nil {
+		if err := f.tails.Disturb(f.l.offset(lo), f.l.offset(hi)); err != nil {
+			return err
+		}
 	}
 	err := f.b.PunchHole(f.l.offset(lo), (hi-lo)*f.l.record)
 	if !errors.Is(err, errors.ErrUnsupported) {

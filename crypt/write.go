@@ -125,6 +125,9 @@ func (f *File) overwrite(w *write, size int64) error {
 	if err := f.assemble(w, size, size); err != nil {
 		return err
 	}
+	if err := f.guard(w.first, w.last, size); err != nil {
+		return err
+	}
 	n, err := f.put(&w.buf, len(w.records), w.first)
 	if err != nil {
 		defer w.buf.land() // while the range is locked: others may write there then
@@ -171,6 +174,9 @@ func (f *File) extend(w *write, size int64) error {
 		return err
 	}
 	if err := f.assemble(w, size, w.end); err != nil {
+		return err
+	}
+	if err := f.guard(min(w.first, f.l.tail(size)), w.last, size); err != nil {
 		return err
 	}
 	padded, err := f.padTail(w, size)
