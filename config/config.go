@@ -69,6 +69,8 @@ type Mount struct {
 	Grace        Duration `toml:"grace"`         // and so much longer while the key service does not answer
 	IdleUnmount  Duration `toml:"idle_unmount"`  // unmount after so long without use; 0 = never
 	Options      []string `toml:"options"`       // handed to the kernel: noexec, noatime
+	TailSave     bool     `toml:"tail_save"`     // keep the synced end of a file while it is written over
+	NoRecover    bool     `toml:"no_recover"`    // leave bad ends of files alone after an unclean end
 	AcceptNew    bool     `toml:"accept_new"`
 	LogFile      string   `toml:"log_file"` // "" = syslog
 	Metrics      string   `toml:"metrics"`  // HOST:PORT, :PORT on loopback, or unix:PATH; "" = none
@@ -105,7 +107,7 @@ type Volume struct {
 func Default() *Config {
 	return &Config{
 		Init:  Init{Names: "encrypted", BlockSize: 4096},
-		Mount: Mount{Writeback: true, Lease: Duration(time.Minute), Grace: Duration(15 * time.Minute)},
+		Mount: Mount{Writeback: true, TailSave: true, Lease: Duration(time.Minute), Grace: Duration(15 * time.Minute)},
 		KMS:   KMS{Deadline: Duration(10 * time.Second), CreateWait: Duration(2 * time.Second), Prefetch: 64},
 		Rekey: Rekey{Jobs: 16},
 	}

@@ -28,6 +28,7 @@ const (
 	labelSymlink    = "symlink"
 	labelXattrName  = "xattr-name"
 	labelXattrValue = "xattr-value"
+	labelMarker     = "unclean"
 )
 
 // Secrets are what a data key opens: the keys derived from it for one identity.
@@ -217,6 +218,11 @@ func (s *Secrets) IsSparseMark(stored []byte) (bool, error) {
 // SettingsMAC authenticates the settings of the volume these secrets belong to.
 func (s *Secrets) SettingsMAC(settings []byte) ([]byte, error) {
 	return s.mac(labelSettings, settings)
+}
+
+// MarkerMAC authenticates what says that the volume is mounted.
+func (s *Secrets) MarkerMAC(marker []byte) ([]byte, error) {
+	return s.mac(labelMarker, marker)
 }
 
 // DirMAC authenticates a directory id.

@@ -54,7 +54,9 @@
 //     none of the above held; exclusively, for a moment, by Watch and Moved. The
 //     volume's own locks, and Watch.mu of each watcher, are taken under it.
 //  6. fileTable.mu, dirCache.mu, orphanage.mu, limiter.mu, Watch.mu, tenure.mu: leaves,
-//     no call is made under them but close(2). KeyLeases.Ended is a leaf, too.
+//     no call is made under them but close(2). KeyLeases.Ended is a leaf, too. The
+//     locks inside volume.Tails come after those of crypt.File, and after
+//     fileTable.mu, where nothing of it waits (BeginRest).
 //
 // The kernel holds locks of its own around requests: a directory's while it
 // creates, renames and unlinks in it, an inode's while it truncates or seeks. So

@@ -274,9 +274,33 @@ var _ crypt.Backing = (*store)(nil)
 
 var _ crypt.SlotKeeper = (*store)(nil)
 
+// backing is the store as its view sees it: whether ends are kept is seen by type.
+func (s *store) backing() crypt.Backing {
+	if s.f.fs.opts.Tails == nil {
+		return s
+	}
+	return keepingStore{s}
+}
+
+// A keepingStore is a store whose end is kept while it is written over.
+type keepingStore struct{ *store }
+
+var _ crypt.TailKeeper = keepingStore{}
+
+func (k keepingStore) KeepTail(t crypt.Tail) error { return k.f.fs.opts.Tails.Keep(k.inode(), t) }
+
+func (k keepingStore) Disturb(from, to int64) error {
+	return k.f.fs.opts.Tails.Disturb(k.inode(), from, to)
+}
+
+func (k keepingStore) BeginSync() func(error) { return k.f.fs.opts.Tails.BeginSync(k.inode()) }
+
+func (s *store) inode() volume.Inode { return s.f.id.inode() }
+
+func (id fileID) inode() volume.Inode { return volume.Inode{Dev: id.dev, Ino: id.ino, Born: id.born} }
+
 func (s *store) TakeSlot(n int64, use crypt.SlotUse) crypt.Slot {
-	id := s.f.id
-	return s.f.fs.opts.Slots.Take(volume.Inode{Dev: id.dev, Ino: id.ino, Born: id.born}, n, use)
+	return s.f.fs.opts.Slots.Take(s.inode(), n, use)
 }
 
 func (s *store) ReadAt(p []byte, off int64) (int, error) { return s.cur.Load().ReadAt(p, off) }

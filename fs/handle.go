@@ -160,7 +160,9 @@ func (h *handle) sync(datasync bool) error {
 	if datasync {
 		return v.Sync()
 	}
-	return ignoringEINTR(func() error { return unix.Fsync(h.f.descriptor()) })
+	return v.SyncBy(func() error {
+		return ignoringEINTR(func() error { return unix.Fsync(h.f.descriptor()) })
+	})
 }
 
 // Copies inside the server move this much at a time, and at most this much per

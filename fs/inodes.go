@@ -78,9 +78,13 @@ func (t *fileTable) len() int {
 }
 
 // all returns every file in use; the caller releases each.
-func (t *fileTable) all() []*file {
+func (t *fileTable) all() []*file { return t.allAnd(func(func(fileID) bool) {}) }
+
+// allAnd is all, and calls rest while no other file comes into use.
+func (t *fileTable) allAnd(rest func(inUse func(fileID) bool)) []*file {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	rest(func(id fileID) bool { return t.byID[id] != nil })
 	list := make([]*file, 0, len(t.byID))
 	for _, f := range t.byID {
 		f.refs++

@@ -27,7 +27,11 @@ type Options struct {
 	Keys       Keys
 	Mountpoint string
 	Slots      *volume.Slots // nil: kill -9 may tear a block that is being written
-	Logger     *slog.Logger  // nil: nothing is logged
+	Tails      *volume.Tails // nil: a power cut may tear the synced end of a file that grows
+	// Synced is told, from a goroutine of ours, that all that was written before since
+	// is durable. It may be nil.
+	Synced func(since time.Time)
+	Logger *slog.Logger // nil: nothing is logged
 
 	AllowOther bool // other users too; the kernel enforces permissions and POSIX ACLs
 	ReadOnly   bool
@@ -191,6 +195,9 @@ func (s *Server) serve() {
 // Wait returns when the file system is unmounted, everything is settled and
 // synced, and the keys of open files are wiped.
 func (s *Server) Wait() { <-s.done }
+
+// SyncErr is, after Wait, why not all that was written is durable, or nil.
+func (s *Server) SyncErr() error { return s.fs.tend.err }
 
 // Unmount unmounts and waits. While files are open on the mount it fails (EBUSY)
 // and the mount goes on.

@@ -150,7 +150,7 @@ func (n *node) adopt(fd int, st *unix.Statx_t, k freshKey, write bool) (*file, e
 		n.fs.files.release(f)
 		return nil, syscall.ESTALE
 	}
-	v, err := crypt.NewFile(&f.store, n.fs.vol.BlockSize(), 0, nil)
+	v, err := crypt.NewFile(f.store.backing(), n.fs.vol.BlockSize(), 0, nil)
 	if err != nil {
 		defer n.fs.files.release(f)
 		return nil, err

@@ -246,7 +246,7 @@ func (f *file) setContents(stored int64, s *crypt.Secrets) error {
 
 // setView makes the view. mu is held.
 func (f *file) setView(stored int64, s *crypt.Secrets) error {
-	v, err := crypt.NewFile(&f.store, f.fs.vol.BlockSize(), stored, s)
+	v, err := crypt.NewFile(f.store.backing(), f.fs.vol.BlockSize(), stored, s)
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kmsfs/volume"
 )
 
 // How long things may stay undone. sync(2) and syncfs(2) on a FUSE mount don't
@@ -21,6 +23,7 @@ const (
 type upkeep struct {
 	fs      *fileSystem
 	changes atomic.Uint64
+	err     error // of the last sync; of run, and then of finish
 	stop    chan struct{}
 	stopped sync.WaitGroup
 }
@@ -49,6 +52,9 @@ func (u *upkeep) run() {
 		select {
 		case <-u.stop:
 			return
+		case <-u.fs.opts.Tails.Full():
+			u.sync()
+			continue
 		case <-t.C:
 		}
 		now := u.changes.Load()
@@ -69,16 +75,48 @@ func (u *upkeep) run() {
 
 // sync makes everything durable.
 func (u *upkeep) sync() {
+	since := time.Now()
+	end := u.beginSync()
 	fd := u.fs.dirs.root.Fd()
 	dir, err := unix.Openat(fd, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0) // syncfs(2) refuses O_PATH
 	if err == nil {
 		err = unix.Syncfs(dir)
 		unix.Close(dir)
 	}
+	end(err)
 	if err != nil {
 		u.fs.log.trouble("syncing the backing store", u.fs.root.id.ino, err)
+	} else if u.fs.opts.Synced != nil {
+		u.fs.opts.Synced(since)
 	}
+	u.err = err
 	u.fs.stats.syncs.Add(1)
+}
+
+// beginSync says of every file that it is about to be made durable; but not of those
+// that are in use just now.
+func (u *upkeep) beginSync() (end func(error)) {
+	tails := u.fs.opts.Tails
+	if tails == nil {
+		return func(error) {}
+	}
+	var ends []func(error)
+	for _, f := range u.fs.files.allAnd(func(inUse func(fileID) bool) {
+		ends = append(ends, tails.BeginRest(func(i volume.Inode) bool { return inUse(fileID{i.Dev, i.Ino, i.Born}) }))
+	}) {
+		if v := f.view.Load(); v != nil {
+			if end := v.TryBeginSync(); end != nil {
+				ends = append(ends, end)
+			}
+		}
+		u.fs.files.release(f)
+	}
+	// The rest comes last: it wakes who waits for room.
+	return func(err error) {
+		for i := len(ends) - 1; i >= 0; i-- {
+			ends[i](err)
+		}
+	}
 }
 
 // settle settles files whose gaps have waited long enough.

@@ -16,6 +16,8 @@
 //
 //	kmsfs.toml, kmsfs.toml.bak   the settings, settings.go
 //	kmsfs.lock                   who has the volume mounted, lock.go
+//	kmsfs.tails                  ends of files while they are written over, tails.go
+//	kmsfs.unclean                stands while it is mounted for writing, unclean.go
 //	kmsfs.job                    what changes its headers just now, exclusion.go
 //	user.kmsfs                   a file's header, header.go
 //	user.kmsfs.sparse            permits holes, stored.go

@@ -82,29 +82,21 @@ func (v *Volume) flights(f *os.File, p *slotPlan, r *Replay) map[uint64][]slotFl
 	return byIno
 }
 
-// replay looks for the files: an inode number leads to none without a capability.
 func (v *Volume) replay(ctx context.Context, f *os.File, p *slotPlan, byIno map[uint64][]slotFlight, r *Replay) error {
 	if len(byIno) == 0 {
 		return nil
 	}
-	err := v.Walk(ctx, func(it *Item) error {
-		list := byIno[it.Ino]
-		if it.Err != nil || list == nil {
-			return nil // a place that can't be walked is told by what is missing
-		}
-		if err := v.replayFile(it, f, p, list, r); err != nil {
+	left := map[uint64]bool{}
+	for ino := range byIno {
+		left[ino] = true
+	}
+	_, err := v.visitInodes(ctx, left, func(it *Item) {
+		if err := v.replayFile(it, f, p, byIno[it.Ino], r); err != nil {
 			r.Errs = append(r.Errs, fmt.Errorf("finishing a write to inode %d: %w", it.Ino, err))
 		}
-		if delete(byIno, it.Ino); len(byIno) == 0 {
-			return errAllFound
-		}
-		return nil
 	})
-	for _, list := range byIno {
-		r.Gone += len(list)
-	}
-	if errors.Is(err, errAllFound) {
-		return nil
+	for ino := range left {
+		r.Gone += len(byIno[ino])
 	}
 	return err
 }

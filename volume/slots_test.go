@@ -412,21 +412,24 @@ func docTable(t *testing.T, header string) (rows [][3]string) {
 	return rows
 }
 
+// documented encodes values as a table says.
+func documented(t *testing.T, header string, values []any) (b []byte) {
+	t.Helper()
+	for i, row := range docTable(t, header) {
+		require.Equal(t, strconv.Itoa(len(b)), row[0], row[2])
+		size, err := strconv.Atoi(row[1])
+		require.NoError(t, err)
+		field := make([]byte, size)
+		_, err = binary.Encode(field, binary.LittleEndian, values[i])
+		require.NoError(t, err, row[2])
+		b = append(b, field...)
+	}
+	return b
+}
+
 // TestDocumentedSlots writes a head and an entry as the document says.
 func TestDocumentedSlots(t *testing.T) {
-	build := func(header string, values []any) []byte {
-		var b []byte
-		for i, row := range docTable(t, header) {
-			require.Equal(t, strconv.Itoa(len(b)), row[0], row[2])
-			size, err := strconv.Atoi(row[1])
-			require.NoError(t, err)
-			field := make([]byte, size)
-			_, err = binary.Encode(field, binary.LittleEndian, values[i])
-			require.NoError(t, err, row[2])
-			b = append(b, field...)
-		}
-		return b
-	}
+	build := func(header string, values []any) []byte { return documented(t, header, values) }
 	boot := []byte("01234567-89ab-cdef-0123-456789abcdef")
 	id := crypt.VolumeID{7}
 	p := slotPlan{boot: string(boot), volume: id, session: "SESSION", small: 1, large: 2, smallSize: 3, largeSize: 4}

@@ -55,6 +55,8 @@ type Volume struct {
 	longMu sync.Mutex // one change to long names at a time: entry and sidecar belong together
 
 	lock lockFile
+	// heldTails are kept ends of files that RecoverTails could not judge.
+	heldTails []heldTail
 }
 
 // Open opens the backing directory dir and reads its settings. It needs no key

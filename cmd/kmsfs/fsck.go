@@ -175,6 +175,9 @@ func (p *program) check(ctx context.Context, v *volume.Volume, show *fsckShow, f
 		if err := p.lockUnchanged(ctx, v); err != nil {
 			return fsck.Report{}, err
 		}
+		if ring != nil {
+			p.putTailsBack(ctx, v, ring)
+		}
 	}
 	if f.quarantine != "" {
 		q, err := fsck.OpenQuarantine(v, f.quarantine)
@@ -211,6 +214,18 @@ func (p *program) lockUnchanged(ctx context.Context, v *volume.Volume) error {
 		err = fail(exitPartial, "run the same command again", "the keys of %s were changed just now", v.Path())
 	}
 	return err
+}
+
+// putTailsBack does what the next mount would do: what was synced and torn by a power
+// cut is no damage.
+func (p *program) putTailsBack(ctx context.Context, v *volume.Volume, ring *keys.Ring) {
+	r := v.RecoverTails(ctx, ring.Open)
+	for _, ino := range r.Put {
+		p.warn("the synced end of inode %d was torn by a power cut and is put back", ino)
+	}
+	for _, err := range r.Errs {
+		p.warn("%v", err)
+	}
 }
 
 func refuseQuarantine(err error) error {

@@ -104,7 +104,8 @@ type leaseStatus struct {
 	Wiped     int64 `json:"wiped,omitempty"`
 	Healed    int64 `json:"healed,omitempty"`
 
-	Cost *costReport `json:"key_service,omitempty"`
+	Cost     *costReport     `json:"key_service,omitempty"`
+	Recovery *recoveryStatus `json:"recovery,omitempty"`
 }
 
 type leaseReport struct {
@@ -122,7 +123,7 @@ func (m *mounting) leases() leaseStatus {
 	stats := m.server.Stats()
 	s := leaseStatus{Locked: m.ring.Locked(),
 		Lease: time.Duration(m.cfg.Mount.Lease).Seconds(), Grace: time.Duration(m.cfg.Mount.Grace).Seconds(),
-		OpenFiles: stats.OpenFiles, Wiped: stats.Wiped, Healed: stats.Healed}
+		OpenFiles: stats.OpenFiles, Wiped: stats.Wiped, Healed: stats.Healed, Recovery: m.recoveryStatus()}
 	for _, l := range m.ring.Leases() {
 		r := leaseReport{Key: l.Key, State: l.State.String(), Idle: l.Idle, Confirmed: l.Confirmed.UTC(), Checks: l.Checks}
 		if !l.Until.IsZero() {

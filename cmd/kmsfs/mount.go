@@ -49,8 +49,16 @@ git), KMS is asked for the keys of the next ones in advance, so that it need not
 each; CloudTrail then shows Decrypt of some files that nobody has opened. --prefetch 0
 asks for none.
 
+After a power cut, or if the daemon was killed, the next mount puts right what it can:
+writes that were under way are finished, and the synced end of a file that was torn
+while the file grew is put back. Files that were changed shortly before, and still end
+in bytes that do not authenticate, are cut back to their last good record, which loses
+only what was never synced; with --no-recover they are left alone (reading their last
+block fails) until a mount without it, or "kmsfs fsck --cut-ends". Each file is logged,
+and "kmsfs status DIR" counts them.
+
 Mount options (-o): ro, rw, allow_other, suid, dev (root only), nonempty, debug,
-writeback=on|off, lease=DURATION, grace=DURATION, idle_unmount=DURATION,
+writeback=on|off, tail_save=on|off, lease=DURATION, grace=DURATION, idle_unmount=DURATION,
 attr_timeout=DURATION, entry_timeout=DURATION, kms_deadline=DURATION,
 create_wait=DURATION, cache_age=DURATION, cache_keys=N,
 pool=N, prefetch=N, metrics=ADDR, noexec, noatime. Each stands in the configuration
@@ -102,10 +110,12 @@ type mounting struct {
 	server     *fs.Server
 	replay     volume.Replay // what was found of a mount that was killed
 	slots      *volume.Slots // nil if there are none
-	reloading  sync.Mutex    // one reload at a time
-	standing   *standing     // guarded by reloading; nil until the list was read under the lock
-	device     string        // of the mount, as mountinfo names it
-	detached   bool          // of unmountOn: the mount is out of the tree and served to its last users
+	tails      *volume.Tails // nil if there are none
+	recovery   recovery
+	reloading  sync.Mutex // one reload at a time
+	standing   *standing  // guarded by reloading; nil until the list was read under the lock
+	device     string     // of the mount, as mountinfo names it
+	detached   bool       // of unmountOn: the mount is out of the tree and served to its last users
 }
 
 // serve returns when the file system was unmounted.
@@ -141,13 +151,20 @@ func (m *mounting) serve(ctx context.Context, dir, point string) (err error) {
 		m.log.Warn(w)
 	}
 	m.logReplay()
+	if err := m.recover(ctx); err != nil {
+		return err
+	}
 	m.openSlots()
 	defer m.slots.Close()
 	listener, err := m.listenMetrics()
 	if err != nil {
 		return err
 	}
-	return m.mounted(listener)
+	if err := m.begin(); err != nil {
+		return err
+	}
+	err = m.mounted(listener)
+	return errors.Join(err, m.end())
 }
 
 // places makes both paths real and refuses a mountpoint that can't be.
@@ -269,7 +286,7 @@ func (m *mounting) mounted(metrics net.Listener) (err error) {
 func (m *mounting) options() fs.Options {
 	c := m.cfg
 	return fs.Options{
-		Volume: m.v, Keys: m.ring, Slots: m.slots, Mountpoint: m.point, FsName: m.dir,
+		Volume: m.v, Keys: m.ring, Slots: m.slots, Tails: m.tails, Synced: m.synced, Mountpoint: m.point, FsName: m.dir,
 		AllowOther: c.Mount.AllowOther, ReadOnly: c.Mount.ReadOnly, Suid: c.Mount.Suid, Dev: c.Mount.Dev,
 		Writeback: c.Mount.Writeback, AttrTimeout: time.Duration(c.Mount.AttrTimeout), EntryTimeout: time.Duration(c.Mount.EntryTimeout), Extra: c.Mount.Options,
 		Logger: m.log, Deadline: time.Duration(c.KMS.Deadline), CreateWait: time.Duration(c.KMS.CreateWait), Prefetch: c.KMS.Prefetch, Debug: c.Mount.Debug,

@@ -14,11 +14,11 @@ import (
 
 // mountFlags are the flags of kmsfs mount; fill lays them over the configuration.
 type mountFlags struct {
-	foreground, readOnly, allowOther, acceptNew bool
-	keys, accept, options                       []string
-	logFile, metrics                            string
-	lease, grace, idleUnmount                   time.Duration
-	prefetch                                    int
+	foreground, readOnly, allowOther, acceptNew, noRecover bool
+	keys, accept, options                                  []string
+	logFile, metrics                                       string
+	lease, grace, idleUnmount                              time.Duration
+	prefetch                                               int
 }
 
 func (f *mountFlags) register(cmd *cobra.Command) {
@@ -35,6 +35,7 @@ func (f *mountFlags) register(cmd *cobra.Command) {
 	fl.DurationVar(&f.idleUnmount, "idle-unmount", 0, "unmount when nothing was open or used for `DURATION`")
 	fl.StringVar(&f.metrics, "metrics", "", "serve Prometheus metrics on `ADDR`: :PORT on loopback, HOST:PORT, or unix:/PATH")
 	fl.IntVar(&f.prefetch, "prefetch", 0, "when a program walks a tree, have KMS decrypt up to `N` data keys at once before it opens the files (default 64; 0: none)")
+	fl.BoolVar(&f.noRecover, "no-recover", false, "after a power cut, leave bad ends of files as they are")
 	fl.StringVar(&f.logFile, "log-file", "", "log of a mount in the background, in place of syslog: `FILE`")
 }
 
@@ -48,6 +49,7 @@ func (f *mountFlags) fill(cmd *cobra.Command, c *config.Config) error {
 	set("foreground", &c.Mount.Foreground, f.foreground)
 	set("read-only", &c.Mount.ReadOnly, f.readOnly)
 	set("allow-other", &c.Mount.AllowOther, f.allowOther)
+	set("no-recover", &c.Mount.NoRecover, f.noRecover)
 	set("accept-new", &c.Mount.AcceptNew, f.acceptNew)
 	for name, d := range map[string]struct {
 		to    *config.Duration
@@ -137,6 +139,7 @@ func valueOption(c *config.Config, name, value string) error {
 		"kms_deadline": &c.KMS.Deadline, "create_wait": &c.KMS.CreateWait, "cache_age": &c.KMS.CacheAge,
 	}
 	counts := map[string]*int{"cache_keys": &c.KMS.CacheKeys, "pool": &c.KMS.Pool, "prefetch": &c.KMS.Prefetch}
+	onOff := map[string]*bool{"writeback": &c.Mount.Writeback, "tail_save": &c.Mount.TailSave}
 	switch {
 	case durations[name] != nil:
 		d, err := time.ParseDuration(value)
@@ -152,10 +155,10 @@ func valueOption(c *config.Config, name, value string) error {
 		*counts[name] = n
 	case name == "metrics":
 		c.Mount.Metrics = value
-	case name == "writeback" && (value == "on" || value == "off"):
-		c.Mount.Writeback = value == "on"
-	case name == "writeback":
-		return usage("mount option writeback is on or off, not %q", value)
+	case onOff[name] != nil && (value == "on" || value == "off"):
+		*onOff[name] = value == "on"
+	case onOff[name] != nil:
+		return usage("mount option %s is on or off, not %q", name, value)
 	default:
 		return usage("unknown mount option %q", name+"="+value)
 	}

@@ -151,6 +151,7 @@ func (p *program) showStatus(r volumeReport) {
 		for _, line := range r.Live.Cost.lines() {
 			p.say("  %s", line)
 		}
+		r.Live.Recovery.show(p)
 	}
 	p.say("  files with contents: %d, of which without a valid header: %d; empty files: %d", r.Files, r.NoHeader, r.Empty)
 	for _, q := range r.Problems {

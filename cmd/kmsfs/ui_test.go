@@ -106,7 +106,7 @@ func TestEveryFlagHasItsKey(t *testing.T) {
 		"init --key": "keys", "init --names": "names", "init --block-size": "block_size",
 		"mount --foreground": "foreground", "mount --read-only": "read_only", "mount --allow-other": "allow_other",
 		"mount --key": "keys", "mount --accept-new": "accept_new", "mount --accept-key": "accept_keys", "mount --log-file": "log_file",
-		"mount --lease": "lease", "mount --grace": "grace", "mount --idle-unmount": "idle_unmount", "mount --prefetch": "prefetch",
+		"mount --lease": "lease", "mount --grace": "grace", "mount --idle-unmount": "idle_unmount", "mount --prefetch": "prefetch", "mount --no-recover": "no_recover",
 		"mount --metrics": "metrics", "mount --options": "", // each option has its own
 		"rekey --jobs": "jobs", "rekey --max-rps": "max_rps", "rekey --accept-key": "accept_keys", "rekey --verify": "verify",
 		"import --jobs": "jobs", "import --max-rps": "max_rps", // of rekey
@@ -139,7 +139,7 @@ func TestMountOptions(t *testing.T) {
 	c := config.Default()
 	for _, o := range []string{"ro", "allow_other", "suid", "dev", "nonempty", "debug", "writeback=off", "attr_timeout=3s", "entry_timeout=4s",
 		"kms_deadline=5s", "create_wait=1s", "cache_age=6s", "cache_keys=7", "pool=8", "noexec", "defaults", "_netdev", "x-systemd.automount", "x-a=b",
-		"lease=7s", "grace=0s", "idle_unmount=8s", "prefetch=9", "metrics=:9100", "allow_suid", "allow_dev", "owner", "strictatime"} {
+		"lease=7s", "grace=0s", "idle_unmount=8s", "prefetch=9", "metrics=:9100", "tail_save=off", "allow_suid", "allow_dev", "owner", "strictatime"} {
 		require.NoError(t, mountOption(c, o), o)
 	}
 	s := config.Duration(time.Second)
@@ -149,7 +149,7 @@ func TestMountOptions(t *testing.T) {
 	require.NoError(t, mountOption(c, "nosuid"))
 	require.NoError(t, mountOption(c, "nodev"))
 	require.False(t, c.Mount.ReadOnly || c.Mount.Suid || c.Mount.Dev)
-	for _, o := range []string{"bogus", "bogus=1", "ro=1", "pool=x", "pool=-1", "prefetch=1025", "kms_deadline=0s", "lease=0s", "grace=-1s", "kms_deadline=soon", "writeback=maybe", "writeback"} {
+	for _, o := range []string{"bogus", "bogus=1", "ro=1", "pool=x", "pool=-1", "prefetch=1025", "kms_deadline=0s", "lease=0s", "grace=-1s", "kms_deadline=soon", "writeback=maybe", "writeback", "tail_save=1"} {
 		err := mountOption(c, o)
 		require.Error(t, err, o)
 		status, _ := diagnose(err)

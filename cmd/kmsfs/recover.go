@@ -1,0 +1,148 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"kmsfs/volume"
+)
+
+// A recovery is what a mount found of one that had ended uncleanly.
+type recovery struct {
+	marker *volume.Marker // nil if it had ended well
+	tails  volume.TailRecovery
+	ends   volume.EndRecovery
+	left   bool // bad ends were to be left alone
+}
+
+// recover puts right what an unclean end left, before the kernel learns any size.
+func (m *mounting) recover(ctx context.Context) (err error) {
+	m.recovery.marker, err = m.v.Unclean()
+	if err != nil { // what it might have led us to cut, fsck can cut
+		m.warn("%v; files with bad ends are left alone", err)
+		m.log.Warn("files with bad ends are left alone", "err", err)
+	}
+	m.recovery.tails = m.v.RecoverTails(ctx, m.ring.Open)
+	m.logTails(m.recovery.tails)
+	if m.recovery.marker == nil || m.cfg.Mount.ReadOnly {
+		return nil
+	}
+	how := "a power cut, or a restart"
+	if m.recovery.marker.SameBoot() {
+		how = "it was killed"
+	}
+	m.log.Warn("the last mount ended uncleanly", "how", how, "synced", m.recovery.marker.Since.Format(time.RFC3339))
+	if m.cfg.Mount.NoRecover {
+		m.recovery.left = true
+		m.log.Warn("bad ends of files are left alone, as it was asked for")
+		return nil
+	}
+	m.recovery.ends = m.v.RecoverEnds(ctx, m.recovery.marker.Since, m.ring.Open)
+	m.logEnds(m.recovery.ends)
+	// What the last mount wrote last may be in memory only: after this nobody looks.
+	s, err := m.v.OpenSync()
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	return s.Sync()
+}
+
+func (m *mounting) logTails(r volume.TailRecovery) {
+	for _, ino := range r.Put {
+		m.log.Warn("the synced end of a file was torn and is put back", "inode", ino)
+	}
+	for _, err := range r.Errs {
+		m.warn("%v", err)
+		m.log.Warn("an end that was kept is not put back", "err", err)
+	}
+	if r.Found > 0 {
+		m.log.Warn("ends of files were kept when the last mount ended", "found", r.Found, "put_back", len(r.Put), "file_gone", r.Gone, "kept_on", r.Held)
+	}
+}
+
+func (m *mounting) logEnds(r volume.EndRecovery) {
+	for _, c := range r.Cut {
+		m.log.Warn("the end of a file did not authenticate and is cut off: what was never synced", "inode", c.Ino, "from", c.From, "to", c.To)
+	}
+	for _, err := range r.Errs {
+		m.log.Warn("a file that was changed before the unclean end could not be put right; kmsfs fsck tells more", "err", err)
+	}
+	m.log.Warn("files that were changed before the unclean end were looked at", "files", r.Looked, "cut", len(r.Cut), "not_put_right", r.Left)
+}
+
+// begin prepares for the next unclean end. A mount can do without keeping ends.
+func (m *mounting) begin() error {
+	if m.cfg.Mount.ReadOnly {
+		return nil
+	}
+	var err error
+	if m.tails, err = m.v.OpenTails(!m.cfg.Mount.TailSave); err != nil {
+		m.warn("a power cut may tear the synced end of a file that grows: %v", err)
+		m.log.Warn("the ends of files are not kept", "err", err)
+	}
+	if m.recovery.left {
+		return nil // the marker that stands is the one to go by
+	}
+	return m.v.MarkMounted(time.Now())
+}
+
+// synced moves the marker on.
+func (m *mounting) synced(since time.Time) {
+	if m.recovery.left {
+		return
+	}
+	if err := m.v.MarkMounted(since); err != nil {
+		m.log.Warn("after a power cut more files than necessary will be looked at", "err", err)
+	}
+}
+
+// end leaves a clean volume, if all is durable.
+func (m *mounting) end() error {
+	err := m.tails.Close()
+	if err == nil && m.server != nil && !m.cfg.Mount.ReadOnly && !m.recovery.left && m.server.SyncErr() == nil {
+		err = m.v.Unmark()
+	}
+	if err != nil {
+		err = fmt.Errorf("ending the mount: %w", err)
+		m.log.Error("the volume is not marked as clean", "err", err)
+	}
+	return err
+}
+
+// recoveryStatus is what status tells of it.
+type recoveryStatus struct {
+	Unclean *time.Time      `json:"unclean_since,omitempty"` // the last mount ended uncleanly, after this
+	PutBack []uint64        `json:"put_back,omitempty"`      // inodes whose synced end was put back
+	Cut     []volume.EndCut `json:"cut,omitempty"`           // files whose bad end was cut off
+	NotCut  int             `json:"not_put_right,omitempty"` // files that are to be put right yet
+	Kept    int64           `json:"tails_kept,omitempty"`    // by this mount so far
+}
+
+// recoveryMost bounds the lists, since a reply is one line.
+const recoveryMost = 200
+
+func (m *mounting) recoveryStatus() *recoveryStatus {
+	r := &m.recovery
+	s := &recoveryStatus{Kept: m.tails.Stats().Kept, NotCut: r.ends.Left + r.tails.Held,
+		PutBack: r.tails.Put[:min(len(r.tails.Put), recoveryMost)], Cut: r.ends.Cut[:min(len(r.ends.Cut), recoveryMost)]}
+	if r.marker != nil {
+		s.Unclean = &r.marker.Since
+	}
+	return s
+}
+
+// show tells a person.
+func (s *recoveryStatus) show(p *program) {
+	if s == nil || s.Unclean == nil && len(s.PutBack) == 0 {
+		return
+	}
+	p.say("  the mount before this one ended uncleanly: %d synced ends put back, %d bad ends cut off, %d files not put right", len(s.PutBack), len(s.Cut), s.NotCut)
+	for _, ino := range s.PutBack {
+		p.say("    inode %d: its synced end was put back", ino)
+	}
+	for _, c := range s.Cut {
+		p.say("    inode %d: cut from %d to %d bytes", c.Ino, c.From, c.To)
+	}
+}
