@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -22,8 +23,9 @@ import (
 )
 
 // The load under which the daemon is killed: three files of loadBlocks blocks that are
-// overwritten 1 MiB at a time, and small files that are made, appended to, cut and
-// renamed. Each block says which generation it is of.
+// overwritten 1 MiB at a time, logs to which 100 bytes are appended and synced, and small
+// files that are made, appended to, cut and renamed. Each block says which generation it
+// is of.
 const (
 	loadBlock  = 4096
 	loadBlocks = 1024
@@ -56,6 +58,14 @@ func killLoad(args []string) error {
 	}
 	for i := range 3 {
 		go func() { failed <- overwriteLoad(filepath.Join(dir, fmt.Sprint("blocks", i)), say) }()
+	}
+	for i := range 2 {
+		name := fmt.Sprint("log", i)
+		go func() {
+			if err := writeLog(dir, name, func(n int64) { say("log %s %d", name, n) }); err != nil {
+				failed <- err
+			}
+		}()
 	}
 	go func() { failed <- smallLoad(dir, round, say) }()
 	return <-failed
@@ -165,34 +175,41 @@ func smallLoad(dir, round string, say func(string, ...any)) error {
 	}
 }
 
-// TestKillTearsNothing kills the daemon at random points under load, again and again:
-// every block of every file is readable and of one generation, none older than what
-// was durable, every file opens, and the volume can be mounted again at once. Without
-// the slots most rounds tear blocks. KMSFS_TEST_CRASHES is how many times.
+// TestKillTearsNothing kills the daemon at random points under load, again and again,
+// while a rekey moves the volume to and fro, which is killed as well half of the time:
+// every block of every file is readable and of one generation, none older than what was
+// durable, every file opens, fsck finds no damage, and the volume can be mounted again
+// at once. Without the slots most rounds tear blocks. KMSFS_TEST_CRASHES is how many
+// times.
 func TestKillTearsNothing(t *testing.T) {
-	rounds := fromEnv(t, "KMSFS_TEST_CRASHES", 12)
+	rounds := fromEnv(t, "KMSFS_TEST_CRASHES", 6)
 	if testing.Short() {
 		rounds = min(rounds, 3)
 	}
 	e := harness.New(t)
-	v := e.Init("volume", "--key", localKey(e, "one"))
+	keys := []string{localKey(e, "one"), localKey(e, "two")}
+	v := e.Init("volume", "--key", keys[0])
 	v.Damaged() // what was not synced may be gone
-	var durable durableLoad
-	durable.blocks, durable.small = map[string]map[int]int{}, map[string]int{}
-	bytesRead, torn := int64(0), 0
+	durable := durableLoad{blocks: map[string]map[int]int{}, small: map[string]int{}, logs: map[string]int{}}
+	bytesRead, torn, rekeys := int64(0), 0, 0
 	v.Mount()
 	for round := range rounds {
-		loadUntilKilled(t, v, round, &durable)
+		rekeys += loadUntilKilled(t, v, round, keys, &durable)
 		afterKill(t, v)
 		n, bad := durable.check(t, v)
 		bytesRead, torn = bytesRead+n, torn+bad
 	}
-	t.Logf("crashes survived: %d, bytes compared: %d, blocks torn: %d", rounds, bytesRead, torn)
+	t.Logf("crashes survived: %d, each in a rekey (%d others had finished), records in logs: %d, bytes compared: %d, blocks torn: %d, losses: 0",
+		rounds, rekeys, (durable.logs["log0"]+durable.logs["log1"])/100, bytesRead, torn)
 	require.Zero(t, torn)
+	e.Must("rekey", v.Dir, "--to", keys[0], "--yes")
+	e.Shell(`rm -r "$1"/small*`, v.Mnt) // nothing is undeletable
 	v.Umount()
+	e.Must("fsck", v.Dir, "--data")
 	left, err := filepath.Glob("/dev/shm/kmsfs-*" + backingName(t, v))
 	require.NoError(t, err)
 	require.Empty(t, left, "an orderly unmount leaves memory behind")
+	require.NoFileExists(t, filepath.Join(v.Dir, "kmsfs.unclean"), "an orderly unmount leaves a mark")
 }
 
 func backingName(t *testing.T, v *harness.Volume) string {
@@ -206,10 +223,62 @@ func backingName(t *testing.T, v *harness.Volume) string {
 type durableLoad struct {
 	blocks map[string]map[int]int // file, first block of a chunk, generation
 	small  map[string]int         // file, bytes
+	logs   map[string]int         // file, bytes
 }
 
-func loadUntilKilled(t *testing.T, v *harness.Volume, round int, d *durableLoad) {
+// A toAndFro rekeys a volume from one key to the other and back, again and again.
+type toAndFro struct {
+	mu      sync.Mutex
+	current *exec.Cmd // guarded by mu
+	over    bool      // guarded by mu
+	done    chan int  // how many were finished
+}
+
+func rekeyToAndFro(t *testing.T, v *harness.Volume, keys []string) *toAndFro {
+	r := &toAndFro{done: make(chan int, 1)}
+	go func() {
+		finished := 0
+		defer func() { r.done <- finished }()
+		for r.next(v.Env.Command("kmsfs", "rekey", v.Dir, "--to", keys[(finished+1)%2], "--yes")) {
+			if err := r.current.Wait(); err == nil {
+				finished++
+			} else if !r.isOver() {
+				t.Errorf("rekey beside a live mount: %v", err)
+				return
+			}
+		}
+	}()
+	return r
+}
+
+func (r *toAndFro) next(cmd *exec.Cmd) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.current = cmd
+	return !r.over && cmd.Start() == nil
+}
+
+func (r *toAndFro) isOver() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.over
+}
+
+// end says that the mount is about to be killed, and the rekey too if kill is set.
+func (r *toAndFro) end(kill bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.over = true
+	if kill {
+		_ = r.current.Process.Kill()
+	}
+}
+
+// loadUntilKilled returns how many rekeys were finished.
+func loadUntilKilled(t *testing.T, v *harness.Volume, round int, keys []string, d *durableLoad) (rekeys int) {
 	t.Helper()
+	daemons := v.Daemons()
+	rekey := rekeyToAndFro(t, v, keys)
 	load := v.Env.Helper("kill-load", v.Mnt, strconv.Itoa(round))
 	out, err := load.StdoutPipe()
 	require.NoError(t, err)
@@ -222,7 +291,12 @@ func loadUntilKilled(t *testing.T, v *harness.Volume, round int, d *durableLoad)
 			go func() {
 				defer close(killed)
 				time.Sleep(time.Duration(100+rand.N(500)) * time.Millisecond)
-				v.Kill()
+				rekey.end(rand.N(2) == 0)
+				for _, pid := range daemons {
+					if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+						t.Errorf("killing the daemon: %v", err)
+					}
+				}
 			}()
 		})
 		d.note(t, strings.Fields(lines.Text()))
@@ -230,6 +304,9 @@ func loadUntilKilled(t *testing.T, v *harness.Volume, round int, d *durableLoad)
 	_ = load.Wait() // it fails when the mount is gone
 	once.Do(func() { t.Fatal("the load got nothing done") })
 	<-killed
+	rekeys = <-rekey.done
+	require.True(t, harness.Eventually(time.Minute, func() bool { return len(v.Daemons()) == 0 }))
+	return rekeys
 }
 
 func (d *durableLoad) note(t *testing.T, words []string) {
@@ -247,6 +324,8 @@ func (d *durableLoad) note(t *testing.T, words []string) {
 		d.blocks[words[1]][number(2)] = number(3)
 	case "small":
 		d.small[words[1]] = number(2)
+	case "log":
+		d.logs[words[1]] = number(2)
 	}
 }
 
@@ -265,6 +344,12 @@ func (d *durableLoad) check(t *testing.T, v *harness.Volume) (bytes int64, torn 
 		})
 		f.Close()
 		bytes, torn = bytes+n, torn+bad
+	}
+	for name, n := range d.logs {
+		got, err := os.ReadFile(v.Path(name))
+		require.NoError(t, err)
+		require.GreaterOrEqual(t, len(got), n, "%s has lost what was durable", name)
+		require.Equal(t, syncedBytes(name, len(got)), got, name)
 	}
 	for name, n := range d.small {
 		got, err := os.ReadFile(v.Path(name))

@@ -160,12 +160,19 @@ func logWriter(args []string) error {
 	var out sync.Mutex
 	failed := make(chan error)
 	for i := range 4 {
-		go func() { failed <- writeLog(args[0], fmt.Sprint("log", i), &out) }()
+		name := fmt.Sprint("log", i)
+		go func() {
+			failed <- writeLog(args[0], name, func(n int64) {
+				out.Lock()
+				defer out.Unlock()
+				fmt.Println(name, n)
+			})
+		}()
 	}
 	return <-failed
 }
 
-func writeLog(dir, name string, out *sync.Mutex) error {
+func writeLog(dir, name string, durable func(n int64)) error {
 	f, err := os.OpenFile(filepath.Join(dir, name), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
@@ -175,7 +182,7 @@ func writeLog(dir, name string, out *sync.Mutex) error {
 		return err
 	}
 	all := syncedBytes(name, 1<<20)
-	for n := info.Size(); ; n += 100 {
+	for n := info.Size(); n+100 <= int64(len(all)); n += 100 {
 		for _, m := range []int64{40, 100} {
 			if _, err := f.WriteAt(all[n:n+m], n); err != nil {
 				return err
@@ -187,10 +194,9 @@ func writeLog(dir, name string, out *sync.Mutex) error {
 		if err := f.Sync(); err != nil {
 			return err
 		}
-		out.Lock()
-		fmt.Println(name, n+100)
-		out.Unlock()
+		durable(n + 100)
 	}
+	return nil
 }
 
 // TestPowerCutUnderLoad cuts the power of the backing store under logs to which 100
