@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -46,9 +47,23 @@ type op struct {
 // there are, for those who don't wait and for those who do; one is for mending.
 type recorder struct {
 	*memBacking
+	opsMu        sync.Mutex // an end is kept while the file is synced
 	ops          []op
 	slots, inner int
 	taken        map[int]bool
+}
+
+func (r *recorder) record(o op) {
+	r.opsMu.Lock()
+	defer r.opsMu.Unlock()
+	r.ops = append(r.ops, o)
+}
+
+// count is how many things are recorded.
+func (r *recorder) count() int {
+	r.opsMu.Lock()
+	defer r.opsMu.Unlock()
+	return len(r.ops)
 }
 
 func newRecorder(slots, inner int) *recorder {
@@ -57,32 +72,32 @@ func newRecorder(slots, inner int) *recorder {
 
 func (r *recorder) WriteAt(p []byte, off int64) (int, error) {
 	n, err := r.memBacking.WriteAt(p, off)
-	r.ops = append(r.ops, op{kind: opWrite, off: off, data: bytes.Clone(p[:n])})
+	r.record(op{kind: opWrite, off: off, data: bytes.Clone(p[:n])})
 	return n, err
 }
 
 func (r *recorder) Truncate(n int64) error {
-	r.ops = append(r.ops, op{kind: opTruncate, n: n})
+	r.record(op{kind: opTruncate, n: n})
 	return r.memBacking.Truncate(n)
 }
 
 func (r *recorder) Sync() error {
-	r.ops = append(r.ops, op{kind: opSync})
+	r.record(op{kind: opSync})
 	return r.memBacking.Sync()
 }
 
 func (r *recorder) SetHeader(raw []byte) error {
-	r.ops = append(r.ops, op{kind: opHeader, data: raw})
+	r.record(op{kind: opHeader, data: raw})
 	return r.memBacking.SetHeader(raw)
 }
 
 func (r *recorder) SetSparseMark(mark []byte) error {
-	r.ops = append(r.ops, op{kind: opMark, data: bytes.Clone(mark)})
+	r.record(op{kind: opMark, data: bytes.Clone(mark)})
 	return r.memBacking.SetSparseMark(mark)
 }
 
 func (r *recorder) PunchHole(off, n int64) error {
-	r.ops = append(r.ops, op{kind: opPunch, off: off, n: n})
+	r.record(op{kind: opPunch, off: off, n: n})
 	return r.memBacking.PunchHole(off, n)
 }
 
@@ -112,13 +127,13 @@ func (s *recordedSlot) Bytes() []byte { return s.mem }
 
 func (s *recordedSlot) Begin(fl Flight) {
 	s.begun = true
-	s.r.ops = append(s.r.ops, op{kind: opBegin, slot: s.i, flight: fl, data: bytes.Clone(s.mem[:fl.Len])})
+	s.r.record(op{kind: opBegin, slot: s.i, flight: fl, data: bytes.Clone(s.mem[:fl.Len])})
 }
 
 func (s *recordedSlot) End() {
 	if s.begun {
 		s.begun = false
-		s.r.ops = append(s.r.ops, op{kind: opEnd, slot: s.i})
+		s.r.record(op{kind: opEnd, slot: s.i})
 	}
 }
 
@@ -130,9 +145,10 @@ func (s *recordedSlot) Free() {
 // A keeper is a recorder that keeps tails, too.
 type keeper struct {
 	*recorder
-	kept   []*keptTail
-	onSync func() // happens while the file is being made durable
-	noCut  bool   // truncations fail
+	mu     sync.Mutex
+	kept   []*keptTail // guarded by mu
+	onSync func()      // happens while the file is being made durable
+	noCut  bool        // truncations fail
 }
 
 type keptTail struct {
@@ -144,6 +160,8 @@ type keptTail struct {
 func newKeeper() *keeper { return &keeper{recorder: newRecorder(0, 0)} }
 
 func (k *keeper) KeepTail(t Tail) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
 	for _, e := range k.kept {
 		if !e.stale && e.tail.Covers(&t) {
 			return nil
@@ -152,18 +170,22 @@ func (k *keeper) KeepTail(t Tail) error {
 	t.Records = bytes.Clone(t.Records)
 	e := &keptTail{op: op{kind: opKeep, slot: len(k.kept), tail: t}}
 	k.kept = append(k.kept, e)
-	k.ops = append(k.ops, e.op)
+	k.record(e.op)
 	return nil
 }
 
 func (k *keeper) Disturb(from, to int64) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
 	if slices.ContainsFunc(k.kept, func(e *keptTail) bool { return e.freed && from <= e.tail.Off && e.tail.Off < to }) {
-		k.ops = append(k.ops, op{kind: opFlush})
+		k.record(op{kind: opFlush})
 	}
 	return nil
 }
 
 func (k *keeper) BeginSync() func(error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
 	var stale []*keptTail
 	for _, e := range k.kept {
 		e.stale = true
@@ -175,7 +197,7 @@ func (k *keeper) BeginSync() func(error) {
 		for _, e := range stale {
 			if err == nil && !e.freed {
 				e.freed = true
-				k.ops = append(k.ops, op{kind: opFree, slot: e.slot})
+				k.record(op{kind: opFree, slot: e.slot})
 			}
 		}
 	}
@@ -287,9 +309,9 @@ func (s *story) last() []byte { return s.steps[len(s.steps)-1].contents }
 func (s *story) do(lo, hi int64, synced bool, call func() error, change func([]byte) []byte) {
 	s.t.Helper()
 	before, _ := s.f.pending.list()
-	st := step{start: len(s.r.ops), lo: lo, hi: hi, synced: synced}
+	st := step{start: s.r.count(), lo: lo, hi: hi, synced: synced}
 	require.NoError(s.t, call())
-	st.end = len(s.r.ops)
+	st.end = s.r.count()
 	st.contents = change(bytes.Clone(s.last()))
 	after, _ := s.f.pending.list()
 	st.pending = append(before, after...)
@@ -844,7 +866,7 @@ func TestWritesDuringASync(t *testing.T) {
 	inner := func() { s.append(70) }
 	for range 60 {
 		s.append(50)
-		start := len(k.ops)
+		start := k.count()
 		k.onSync = inner
 		before := s.last()
 		require.NoError(t, s.f.Sync())
@@ -880,5 +902,46 @@ func TestFailedCutCoversNothing(t *testing.T) {
 	s.append(100)
 	for seed := range uint64(20) {
 		s.cuts(rand.New(rand.NewPCG(seed, 6)))
+	}
+}
+
+// TestEndsThatWereLetGoStayAway: an end that was let go, and that a power cut may bring
+// back, is not put back where a later write tore the record at its place.
+func TestEndsThatWereLetGoStayAway(t *testing.T) {
+	for name, tell := range map[string]func(s *story){
+		"the file was cut, and grows over it": func(s *story) {
+			s.write(0, 6*bs+100)
+			s.sync()
+			s.append(10)
+			s.truncate(2*bs + 50)
+			s.append(10)
+			s.sync()
+			s.append(6 * bs)
+		},
+		"its block is full, and written with the end": func(s *story) {
+			s.write(0, 2*bs+100)
+			s.sync()
+			s.append(2 * bs)
+			s.sync()
+			s.write(2*bs+10, 3*bs)
+		},
+		"the end is on a boundary": func(s *story) {
+			s.write(0, 2*bs+100)
+			s.sync()
+			s.append(bs - 100)
+			s.sync()
+			s.append(3 * bs)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newKeptStory(t, newKeeper())
+			tell(s)
+			k, rnd := len(s.r.ops), rand.New(rand.NewPCG(1, 7))
+			for range 1500 { // of the last write, many
+				disk := s.powerCut(k, rnd)
+				s.recover(disk, s.keptAt(k, rnd))
+				s.judge(s.cutAt(k, disk))
+			}
+		})
 	}
 }

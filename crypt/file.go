@@ -62,6 +62,8 @@ type File struct {
 	// young: none of what is stored was ever synced, so that no tail needs to be
 	// kept. Set with shape held exclusively.
 	young atomic.Bool
+	// grown: the end was kept, and written over, since the last sync.
+	grown atomic.Bool
 	// bad is why the end can't be trusted: changed with shape held exclusively,
 	// or with tailMu.
 	bad atomic.Pointer[error]

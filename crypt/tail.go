@@ -1,6 +1,7 @@
 package crypt
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"math"
@@ -66,16 +67,23 @@ func (f *File) guard(first, last, size int64) error {
 	if last < tail {
 		return f.tails.Disturb(f.l.offset(first), f.l.offset(last+1))
 	}
-	if size%f.l.block != 0 {
-		if err := f.saveTail(tail, f.tail, false); err != nil {
-			return err
-		}
+	if size%f.l.block == 0 {
+		return f.disturbAll()
 	}
-	return f.disturbAll()
+	f.grown.Store(true)
+	if err := f.saveTail(tail, f.tail, false); err != nil {
+		return err
+	}
+	// Where this end comes back, those that were let go find their own record good: at
+	// its place, and before it where nothing is written now.
+	if err := f.tails.Disturb(f.l.offset(min(first, tail)), f.l.offset(tail)); err != nil {
+		return err
+	}
+	return f.tails.Disturb(f.l.offset(tail)+1, math.MaxInt64)
 }
 
-// disturbAll comes before a write that may leave a bad end: none but the newest tail
-// may come back then.
+// disturbAll comes before a write that may leave a bad end and keeps none: nothing that
+// was let go may come back then.
 func (f *File) disturbAll() error { return f.tails.Disturb(0, math.MaxInt64) }
 
 func (f *File) saveTail(block int64, records []byte, cut bool) error {
@@ -116,21 +124,38 @@ func (f *File) guardCut(c *sealer, size, old int64) error {
 
 // SyncBy runs a call that makes the file durable, and lets go of what was kept for the
 // case that it had not been.
+//
+// A file whose end was written over since the last sync is likely to be again, a log
+// say. So its end is kept meanwhile: the next write finds that done. That fails only for
+// a reason which that write will meet itself.
 func (f *File) SyncBy(sync func() error) error {
-	end := f.beginSync()
+	end, next := f.beginSync()
+	kept := make(chan struct{})
+	go func() {
+		defer close(kept)
+		if next != nil {
+			_ = f.tails.KeepTail(*next)
+		}
+	}()
 	err := sync()
+	<-kept
 	end(err)
 	return err
 }
 
-func (f *File) beginSync() (end func(error)) {
+// beginSync returns the end that is to be kept, too, or nil.
+func (f *File) beginSync() (end func(error), next *Tail) {
 	if f.tails == nil {
-		return func(error) {}
+		return func(error) {}, nil
 	}
 	f.shape.Lock() // no write is under way that relies on what was kept before
 	defer f.shape.Unlock()
 	f.young.Store(false)
-	return f.tails.BeginSync()
+	size, c := f.size.Load(), f.cipher.Load()
+	if f.grown.Swap(false) && c != nil && f.EndErr() == nil && size%f.l.block != 0 {
+		next = &Tail{File: c.secrets.id.File, Off: f.l.offset(f.l.tail(size)), Records: bytes.Clone(f.tail)}
+	}
+	return f.tails.BeginSync(), next
 }
 
 // TryBeginSync is for who makes many files durable at once: it says so, unless the file

@@ -1,11 +1,13 @@
 package volume
 
 import (
+	"bytes"
 	"context"
 	"crypto/hmac"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"slices"
 	"sync"
@@ -17,11 +19,14 @@ import (
 	"kmsfs/internal/durable"
 )
 
-// MarkerFile stands while the volume is mounted for writing. Who finds it knows that a
-// mount ended uncleanly.
+// MarkerFile says whether the volume is mounted for writing. Who finds that it is, and
+// has the lock, knows that a mount ended uncleanly. It is written in place, since to
+// make and remove it would change the time of the users' root directory: by turns in
+// two places, so that a power cut leaves one of them whole.
 const MarkerFile = "kmsfs.unclean"
 
-const maxMarker = 4096
+// markerPlace is how far the two places are apart, in bytes; a marker fits into a sector.
+const markerPlace = 4096
 
 // A Marker is what MarkerFile says.
 type Marker struct {
@@ -30,78 +35,134 @@ type Marker struct {
 }
 
 type markerText struct {
+	Seq   uint64 `json:"seq"`
+	Clean bool   `json:"clean"`
 	Marker
-	MAC []byte `json:"mac"` // of the Marker as JSON, under the volume key
+	MAC []byte `json:"mac,omitempty"` // of the JSON without it, under the volume key
 }
 
 // SameBoot reports whether the machine has gone on since: then the mount was killed,
 // and what it wrote is there.
 func (m *Marker) SameBoot() bool { return m.BootID == bootID() }
 
-// MarkMounted makes the marker, or replaces it, durably. since is when all that was
+// MarkMounted sets the marker, or moves it on, durably. since is when all that was
 // written before had been made durable: files that were not changed since need no look
 // after a power cut.
 func (v *Volume) MarkMounted(since time.Time) error {
-	m := markerText{Marker: Marker{bootID(), since.UTC()}}
-	var err error
-	if m.MAC, err = v.markerMAC(&m.Marker); err != nil {
+	return v.mark(markerText{Marker: Marker{bootID(), since.UTC()}})
+}
+
+// Unmark says, durably, that the mount ended well.
+func (v *Volume) Unmark() error {
+	return v.mark(markerText{Clean: true, Marker: Marker{BootID: bootID()}})
+}
+
+func (v *Volume) mark(m markerText) error {
+	fd, err := unix.Openat(v.root, MarkerFile, unix.O_RDWR|unix.O_CREAT|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0o600)
+	if err == nil {
+		defer unix.Close(fd)
+		err = v.writeMarker(fd, &m)
+	}
+	if err != nil {
+		return fmt.Errorf("writing %s in %s: %w", MarkerFile, v.path, err)
+	}
+	return nil
+}
+
+func (v *Volume) writeMarker(fd int, m *markerText) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 {
+		return errors.New("it is not ours: remove it and try again")
+	}
+	last, _, err := v.readMarker(fd)
+	if err != nil {
+		return err
+	}
+	if last != nil {
+		m.Seq = last.Seq + 1
+	}
+	if m.MAC, err = v.markerMAC(m); err != nil {
 		return err
 	}
 	text, err := json.Marshal(m)
 	if err != nil {
 		return err
 	}
-	if err := durable.ReplaceAt(v.root, MarkerFile, append(text, '\n'), 0o600); err != nil {
-		return fmt.Errorf("writing %s in %s: %w", MarkerFile, v.path, err)
+	line := make([]byte, 512)
+	copy(line, append(text, '\n'))
+	if _, err := NewBacking(fd).WriteAt(line, int64(m.Seq%2)*markerPlace); err != nil {
+		return err
 	}
-	return nil
+	if st.Size == 0 { // its name, too
+		if err := durable.SyncDir(v.root); err != nil {
+			return err
+		}
+	}
+	return retry(func() error { return unix.Fdatasync(fd) })
 }
 
-func (v *Volume) markerMAC(m *Marker) ([]byte, error) {
-	text, err := json.Marshal(m)
+func (v *Volume) markerMAC(m *markerText) ([]byte, error) {
+	bare := *m
+	bare.MAC = nil
+	text, err := json.Marshal(bare)
 	if err != nil {
 		return nil, err
 	}
 	return v.secrets.MarkerMAC(text)
 }
 
-// Unclean reads the marker that a mount left; nil if the last one ended well. One that
-// nobody with the volume key made is damage.
+// readMarker finds the newer of two markers that were made with the volume key; nil if
+// there is none. forged says that there is something else.
+func (v *Volume) readMarker(fd int) (newest *markerText, forged bool, err error) {
+	for place := range int64(2) {
+		line := make([]byte, 512)
+		n, err := NewBacking(fd).ReadAt(line, place*markerPlace)
+		if err != nil && err != io.EOF {
+			return nil, false, err
+		}
+		line = bytes.TrimRight(line[:n], "\x00\n")
+		var m markerText
+		if json.Unmarshal(line, &m) != nil {
+			forged = forged || len(line) > 0
+			continue
+		}
+		mac, err := v.markerMAC(&m)
+		if err != nil {
+			return nil, false, err
+		}
+		if !hmac.Equal(mac, m.MAC) {
+			forged = true
+		} else if newest == nil || m.Seq > newest.Seq {
+			newest = &m
+		}
+	}
+	return newest, forged, nil
+}
+
+// Unclean reads the marker that a mount left; nil if the last one ended well. If nothing
+// that stands there was made with the volume key, that is damage.
 func (v *Volume) Unclean() (*Marker, error) {
-	text, err := durable.ReadAt(v.root, MarkerFile, maxMarker)
+	fd, err := unix.Openat(v.root, MarkerFile, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
+		return nil, fmt.Errorf("opening %s in %s: %w", MarkerFile, v.path, err)
+	}
+	defer unix.Close(fd)
+	m, forged, err := v.readMarker(fd)
+	switch {
+	case err != nil:
 		return nil, fmt.Errorf("reading %s in %s: %w", MarkerFile, v.path, err)
-	}
-	var m markerText
-	if json.Unmarshal(text, &m) != nil {
-		return nil, fmt.Errorf("%s in %s can't be read: %w", MarkerFile, v.path, crypt.ErrDamaged)
-	}
-	mac, err := v.markerMAC(&m.Marker)
-	if err != nil {
-		return nil, err
-	}
-	if !hmac.Equal(mac, m.MAC) {
+	case m == nil && forged:
 		return nil, fmt.Errorf("%s in %s was not made with the volume key: %w", MarkerFile, v.path, crypt.ErrDamaged)
+	case m == nil || m.Clean:
+		return nil, nil
 	}
 	return &m.Marker, nil
-}
-
-// Unmark removes the marker durably.
-func (v *Volume) Unmark() error {
-	err := unix.Unlinkat(v.root, MarkerFile, 0)
-	if err == unix.ENOENT {
-		return nil
-	}
-	if err == nil {
-		err = durable.SyncDir(v.root)
-	}
-	if err != nil {
-		return fmt.Errorf("removing %s in %s: %w", MarkerFile, v.path, err)
-	}
-	return nil
 }
 
 // An EndCut is a bad end that was cut off.

@@ -46,9 +46,23 @@ func TestMarker(t *testing.T) {
 	require.NoError(t, os.WriteFile(path, []byte("{}"), 0o600))
 	_, err = v.Unclean()
 	require.ErrorIs(t, err, crypt.ErrDamaged)
-	require.NoError(t, v.Unmark())
-	require.NoError(t, v.Unmark())
-	require.NoFileExists(t, path)
+
+	var before, after os.FileInfo
+	before, err = os.Stat(v.Path())
+	require.NoError(t, err)
+	for i := range 5 {
+		require.NoError(t, v.MarkMounted(since.Add(time.Duration(i))))
+		m, err = v.Unclean()
+		require.NoError(t, err)
+		require.True(t, since.Add(time.Duration(i)).Equal(m.Since))
+		require.NoError(t, v.Unmark())
+		m, err = v.Unclean()
+		require.NoError(t, err)
+		require.Nil(t, m)
+	}
+	after, err = os.Stat(v.Path())
+	require.NoError(t, err)
+	require.Equal(t, before.ModTime(), after.ModTime(), "users see the time of the root")
 }
 
 // TestMarkerOfAnotherVolume counts for nothing.
@@ -59,6 +73,22 @@ func TestMarkerOfAnotherVolume(t *testing.T) {
 	require.NoError(t, os.Rename(filepath.Join(other.Path(), MarkerFile), filepath.Join(v.Path(), MarkerFile)))
 	_, err := v.Unclean()
 	require.ErrorIs(t, err, crypt.ErrDamaged)
+}
+
+// TestTornMarker: a power cut while it is written leaves the one before.
+func TestTornMarker(t *testing.T) {
+	v, _ := newVolume(t, NamesPlain)
+	since := time.Now()
+	require.NoError(t, v.MarkMounted(since))
+	require.NoError(t, v.MarkMounted(since.Add(time.Minute)))
+	path := filepath.Join(v.Path(), MarkerFile)
+	text, err := os.ReadFile(path)
+	require.NoError(t, err)
+	clear(text[markerPlace+20 : markerPlace+60])
+	require.NoError(t, os.WriteFile(path, text, 0o600))
+	m, err := v.Unclean()
+	require.NoError(t, err)
+	require.True(t, since.Equal(m.Since))
 }
 
 // TestEndsAreCutIfChangedSince: a bad end of a file that was changed after the marker's

@@ -160,9 +160,7 @@ func (m *mounting) serve(ctx context.Context, dir, point string) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := m.begin(); err != nil {
-		return err
-	}
+	m.begin()
 	err = m.mounted(listener)
 	return errors.Join(err, m.end())
 }

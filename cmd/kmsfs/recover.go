@@ -14,6 +14,7 @@ type recovery struct {
 	tails  volume.TailRecovery
 	ends   volume.EndRecovery
 	left   bool // bad ends were to be left alone
+	marked bool // the volume says that it is mounted
 }
 
 // recover puts right what an unclean end left, before the kernel learns any size.
@@ -72,10 +73,10 @@ func (m *mounting) logEnds(r volume.EndRecovery) {
 	m.log.Warn("files that were changed before the unclean end were looked at", "files", r.Looked, "cut", len(r.Cut), "not_put_right", r.Left)
 }
 
-// begin prepares for the next unclean end. A mount can do without keeping ends.
-func (m *mounting) begin() error {
+// begin prepares for the next unclean end. A mount can do without.
+func (m *mounting) begin() {
 	if m.cfg.Mount.ReadOnly {
-		return nil
+		return
 	}
 	var err error
 	if m.tails, err = m.v.OpenTails(!m.cfg.Mount.TailSave); err != nil {
@@ -83,14 +84,17 @@ func (m *mounting) begin() error {
 		m.log.Warn("the ends of files are not kept", "err", err)
 	}
 	if m.recovery.left {
-		return nil // the marker that stands is the one to go by
+		return // the marker that stands is the one to go by
 	}
-	return m.v.MarkMounted(time.Now())
+	if err = m.v.MarkMounted(time.Now()); err != nil {
+		m.log.Warn("after a power cut bad ends of files will be left alone", "err", err)
+	}
+	m.recovery.marked = err == nil
 }
 
 // synced moves the marker on.
 func (m *mounting) synced(since time.Time) {
-	if m.recovery.left {
+	if !m.recovery.marked {
 		return
 	}
 	if err := m.v.MarkMounted(since); err != nil {
@@ -101,7 +105,7 @@ func (m *mounting) synced(since time.Time) {
 // end leaves a clean volume, if all is durable.
 func (m *mounting) end() error {
 	err := m.tails.Close()
-	if err == nil && m.server != nil && !m.cfg.Mount.ReadOnly && !m.recovery.left && m.server.SyncErr() == nil {
+	if err == nil && m.server != nil && m.recovery.marked && m.server.SyncErr() == nil {
 		err = m.v.Unmark()
 	}
 	if err != nil {
