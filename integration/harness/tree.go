@@ -214,8 +214,8 @@ func (tree Tree) Holds(t testing.TB, dir string) {
 }
 
 // Unchanged remembers what lies in a backing directory, and returns the function
-// that requires it to be still the same. The lock file and the times of the
-// directory that holds it are left out: whoever looks at a volume may lock it.
+// that requires it to be still the same. What every mount writes, and the times of the
+// directory that holds it, are left out.
 func Unchanged(t testing.TB, dir string) func() {
 	t.Helper()
 	before := backing(t, dir)
@@ -229,7 +229,9 @@ func Unchanged(t testing.TB, dir string) func() {
 func backing(t testing.TB, dir string) Tree {
 	t.Helper()
 	tree := Snapshot(t, dir)
-	delete(tree, "kmsfs.lock")
+	for _, own := range []string{"kmsfs.lock", "kmsfs.tails", "kmsfs.unclean"} { // every mount writes there
+		delete(tree, own)
+	}
 	root := tree["."]
 	root.Mtime = 0
 	tree["."] = root
