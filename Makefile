@@ -3,7 +3,7 @@ SHELL := /bin/bash
 export CGO_ENABLED ?= 1
 SIZES ?= 10000,200000
 
-.PHONY: help setup build test whole short fips fuzz race lint staticcheck vuln sbom reproducible posix apps demo bench benchstat bench-rekey rekey-kills torture clean
+.PHONY: help setup build test whole short fips fuzz race lint staticcheck vuln sbom reproducible posix apps demo bench benchstat bench-rekey rekey-kills crashes torture clean
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ bench-rekey: setup ## headers a second and peak memory of a rekey, beside a mini
 
 rekey-kills: setup ## kill -9 a rekey KILLS (100) times among FILES (20000) files, on KEYS (local or kmstest) keys
 	KMSFS_TEST_KILLS=$(or $(KILLS),100) KMSFS_TEST_FILES=$(or $(FILES),20000) KMSFS_TEST_KEYS=$(or $(KEYS),local) go test -count=1 -timeout 180m -v -run TestRekeyKilledAnywhere ./integration
+
+crashes: setup ## kill -9 mounts under load CRASHES (200) times, cut the power of a disk under logs CUTS (100) times
+	KMSFS_TEST_CRASHES=$(or $(CRASHES),200) KMSFS_TEST_CUTS=$(or $(CUTS),100) go test -count=1 -timeout 120m -v -run 'TestKillTearsNothing|TestPowerCut' ./integration
 
 torture: setup ## crashes, faults and mutations at length, and what was tried (CRASHES, KILLS, SCRIPTS, FAULTS, MUTATIONS, INODES: scripts/torture.sh)
 	@scripts/torture.sh
