@@ -21,6 +21,7 @@ const (
 	labelCommit = "commit"
 	labelBlock  = "block"
 	labelSparse = "sparse"
+	labelFile   = "file-key"
 
 	labelSettings   = "settings-mac"
 	labelDirID      = "dir-id"
@@ -56,8 +57,9 @@ func NewIdentity(volume VolumeID, use Use, blockLog2 uint8) (Identity, error) {
 	return id, nil
 }
 
-// Commit derives the keys of a new identity from a fresh data key and fills in
-// id.Commitment. The key is cloned; the caller still owns it.
+// Commit derives the keys of a new identity from a fresh key, which is what its
+// copies shall hold: a data key, or of a shared identity the intermediate key. It
+// fills in id.Commitment. The caller still owns the key.
 func Commit(id *Identity, key *Key) (*Secrets, error) {
 	s, err := derive(*id, key)
 	if err != nil {
@@ -72,9 +74,9 @@ func Commit(id *Identity, key *Key) (*Secrets, error) {
 }
 
 // Unlock derives the keys of a stored identity, after it has proved in constant
-// time that key is the one the identity commits to; if not, ErrDamaged. GCM
-// alone would not commit to a key (the class of CVE-2025-14763). The key is
-// cloned; the caller still owns it.
+// time that key, which is what one of its copies holds, is or leads to the data key
+// that the identity commits to; if not, ErrDamaged. GCM alone would not commit to a
+// key (the class of CVE-2025-14763). The caller still owns the key.
 func Unlock(id Identity, key *Key) (*Secrets, error) {
 	s, err := derive(id, key)
 	if err != nil {
@@ -93,20 +95,25 @@ func Unlock(id Identity, key *Key) (*Secrets, error) {
 }
 
 func derive(id Identity, key *Key) (*Secrets, error) {
-	own, err := key.Clone()
+	own, err := id.dataKey(key)
 	if err != nil {
 		return nil, err
 	}
-	var prk *Key
-	err = own.Use(func(raw []byte) error {
-		prk, err = NewKey(Extract(raw, id.File[:]))
-		return err
-	})
+	prk, err := own.extract(id.File)
 	if err != nil {
 		own.Wipe()
 		return nil, err
 	}
 	return &Secrets{id: id, key: own, prk: prk}, nil
+}
+
+// extract is the key that others are expanded from, in locked memory.
+func (k *Key) extract(salt FileID) (prk *Key, err error) {
+	err = k.Use(func(raw []byte) error {
+		prk, err = NewKey(Extract(raw, salt[:]))
+		return err
+	})
+	return prk, err
 }
 
 // Extract is HKDF-Extract (RFC 5869), which is an HMAC, with SHA-256. The library's own
@@ -157,7 +164,8 @@ func (s *Secrets) Under() []string {
 // SetUnder changes what Under says. The list must not be changed any more.
 func (s *Secrets) SetUnder(keys []string) { s.under.Store(&keys) }
 
-// DataKey is the data key itself, for wrapping it again. The Secrets own it.
+// DataKey is the data key itself, for wrapping it again. The Secrets own it. It is not
+// what the copies of a shared header hold.
 func (s *Secrets) DataKey() *Key { return s.key }
 
 // Wipe overwrites the secrets. It may be called twice, and on nil.
@@ -168,15 +176,19 @@ func (s *Secrets) Wipe() {
 	}
 }
 
+func (s *Secrets) expand(label string, extra, out []byte) error {
+	return expand(s.prk, label, &s.id, extra, out)
+}
+
 // expand fills out with HKDF-Expand(prk, label, immutable bytes, extra): label
 // and bytes are preceded by their lengths, so that no two uses collide.
-func (s *Secrets) expand(label string, extra, out []byte) error {
+func expand(prk *Key, label string, id *Identity, extra, out []byte) error {
 	info := append([]byte{byte(len(label))}, label...)
-	bound := s.id.appendBound(nil)
+	bound := id.appendBound(nil)
 	info = append(info, byte(len(bound)))
 	info = append(info, bound...)
 	info = append(info, extra...)
-	return s.prk.Use(func(prk []byte) error {
+	return prk.Use(func(prk []byte) error {
 		k, err := hkdf.Expand(sha256.New, prk, string(info), len(out))
 		if err != nil {
 			return fmt.Errorf("deriving the %s key: %w", label, err)

@@ -88,6 +88,14 @@ func TestDocumentedHeaderOffsets(t *testing.T) {
 		}
 	}
 	require.EqualValues(t, 77, at)
+	at = 0
+	for _, r := range docTable(t, "| offset | bytes | of a shared header's file id |") {
+		require.Equal(t, at, number(t, r[0]))
+		at += number(t, r[1])
+	}
+	require.EqualValues(t, len(h.File), at)
+	id := Identity{}.Numbered(0x0102)
+	require.Equal(t, []byte{0x02, 0x01}, id.File[idNumber:], "little-endian")
 	require.Equal(t, h.File[:], raw[28:44])
 	require.Equal(t, h.Commitment[:], raw[44:76])
 	require.EqualValues(t, len(raw), binary.LittleEndian.Uint16(raw[len(raw)-6:]))
@@ -105,7 +113,12 @@ func TestDocumentedPartitions(t *testing.T) {
 // ever. make.py beside the vector wrote it from docs/FORMAT.md alone, with
 // another implementation of HKDF and AES-GCM.
 func TestVector(t *testing.T) {
-	v := readVector(t, "testdata/vectors/format1.txt")
+	for _, name := range []string{"format1.txt", "format1-shared.txt"} {
+		t.Run(name, func(t *testing.T) { checkVector(t, readVector(t, "testdata/vectors/"+name)) })
+	}
+}
+
+func checkVector(t *testing.T, v map[string][]byte) {
 	h, err := ParseHeader(v["header"])
 	require.NoError(t, err)
 	key, err := NewKey(append([]byte(nil), v["data-key"]...))

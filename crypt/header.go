@@ -54,11 +54,17 @@ func ParseVolumeID(s string) (v VolumeID, err error) {
 // Use says what a data key is for, so that a file's key can't serve as a volume's.
 type Use uint8
 
-// The uses of a data key.
+// The uses of a key.
 const (
 	UseFile   Use = 1
 	UseVolume Use = 2
+	// UseIntermediate is a key that data keys are derived from (intermediate.go). It
+	// stands in encryption contexts only: no header is of this use.
+	UseIntermediate Use = 3
 )
+
+// flagShared in a header says that its copies hold an intermediate key.
+const flagShared = 1
 
 func (u Use) String() string {
 	switch u {
@@ -66,6 +72,8 @@ func (u Use) String() string {
 		return "file"
 	case UseVolume:
 		return "volume"
+	case UseIntermediate:
+		return "intermediate"
 	}
 	return fmt.Sprintf("use-%d", uint8(u))
 }
@@ -74,6 +82,7 @@ func (u Use) String() string {
 // Commitment proves "this data key and no other".
 type Identity struct {
 	Use        Use
+	Shared     bool  // the copies hold an intermediate key, which other files share (intermediate.go)
 	BlockLog2  uint8 // block size = 1 << BlockLog2 bytes
 	Volume     VolumeID
 	File       FileID
@@ -87,10 +96,11 @@ func (id *Identity) BlockSize() int { return 1 << id.BlockLog2 }
 // the volume the caller works on, never the one the header claims, and no path:
 // CloudTrail logs it in clear.
 func (id *Identity) EncryptionContext(volume VolumeID) map[string]string {
+	w := id.Wrapped()
 	return map[string]string{
 		"kmsfs:vol":  volume.String(),
-		"kmsfs:file": id.File.String(),
-		"kmsfs:use":  id.Use.String(),
+		"kmsfs:file": w.File.String(),
+		"kmsfs:use":  w.Use.String(),
 		"kmsfs:fmt":  fmt.Sprintf("%d.%d", FormatVersion, SuiteAES256),
 	}
 }
@@ -100,11 +110,18 @@ func (id *Identity) EncryptionContext(volume VolumeID) map[string]string {
 func (id *Identity) appendBound(dst []byte) []byte {
 	dst = append(dst, "KMSF"...)
 	dst = append(dst, FormatVersion, SuiteAES256)
-	dst = binary.LittleEndian.AppendUint16(dst, 0) // flags
+	dst = binary.LittleEndian.AppendUint16(dst, id.flags())
 	dst = append(dst, id.BlockLog2, byte(id.Use))
 	dst = binary.LittleEndian.AppendUint16(dst, generation)
 	dst = append(dst, id.Volume[:]...)
 	return append(dst, id.File[:]...)
+}
+
+func (id *Identity) flags() uint16 {
+	if id.Shared {
+		return flagShared
+	}
+	return 0
 }
 
 // Bytes is the identity as it is stored: 76 bytes. It is a fit cache key: who
@@ -113,7 +130,8 @@ func (id *Identity) Bytes() []byte {
 	return append(id.appendBound(make([]byte, 0, identitySize)), id.Commitment[:]...)
 }
 
-// A Copy is the data key encrypted by one KMS key.
+// A Copy is the data key encrypted by one KMS key; in a shared header, the
+// intermediate key.
 type Copy struct {
 	Key  string // "arn:..." of a KMS key or "local:NAME"; a label, trusted by nobody
 	Blob []byte // opaque; its length and inner form are the provider's
@@ -215,20 +233,25 @@ func malformed(format string, args ...any) error {
 }
 
 func (h *Header) parseIdentity(raw []byte) error {
+	flags, file := binary.LittleEndian.Uint16(raw[6:]), FileID(raw[28:44])
 	switch {
 	case raw[5] != SuiteAES256:
 		return malformed("unknown suite %d", raw[5])
-	case binary.LittleEndian.Uint16(raw[6:]) != 0:
-		return malformed("unknown flags %#x", binary.LittleEndian.Uint16(raw[6:]))
+	case flags&^flagShared != 0:
+		return malformed("unknown flags %#x", flags)
 	case raw[8] < 12 || raw[8] > 16:
 		return malformed("block size 2^%d", raw[8])
 	case raw[9] != byte(UseFile) && raw[9] != byte(UseVolume):
 		return malformed("unknown use %d", raw[9])
 	case binary.LittleEndian.Uint16(raw[10:]) != generation:
 		return malformed("unknown generation %d", binary.LittleEndian.Uint16(raw[10:]))
+	case flags == flagShared && raw[9] != byte(UseFile):
+		return malformed("an intermediate key for something else than a file")
+	case flags == flagShared && file.number() == 0:
+		return malformed("the id of an intermediate key in place of a file's")
 	}
-	h.BlockLog2, h.Use = raw[8], Use(raw[9])
-	h.Volume, h.File = VolumeID(raw[12:28]), FileID(raw[28:44])
+	h.BlockLog2, h.Use, h.Shared = raw[8], Use(raw[9]), flags == flagShared
+	h.Volume, h.File = VolumeID(raw[12:28]), file
 	h.Commitment = [KeySize]byte(raw[44:identitySize])
 	return nil
 }

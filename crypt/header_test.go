@@ -73,33 +73,37 @@ func TestMalformedHeaders(t *testing.T) {
 		raw  []byte
 		says string
 	}{
-		"empty":           {nil, "too few"},
-		"magic":           {set(0, 'X'), "magic"},
-		"version 2":       {set(4, 2), "version 2"},
-		"version 0":       {set(4, 0), "version 0"},
-		"suite":           {set(5, 2), "suite"},
-		"flags":           {set(7, 0x80), "flags"},
-		"small block":     {set(8, 11), "block size"},
-		"large block":     {set(8, 17), "block size"},
-		"use":             {set(9, 3), "use"},
-		"generation":      {set(10, 2), "generation"},
-		"no copies":       {set(76, 0), "copies"},
-		"nine copies":     {set(76, 9), "copies"},
-		"missing copy":    {set(76, 3), "copy 2"},
-		"extra copy":      {set(76, 1), "after the last copy"},
-		"provider":        {set(77, 9), "provider"},
-		"name form":       {set(79, 7), "form"},
-		"partition":       {set(80, 200), "packed"},
-		"region length":   {set(81, 200), "packed"},
-		"name length":     {set(78, 255), "key name of 255"},
-		"long blob":       {edit(func(b []byte) []byte { b[113] = 0xff; return b }), "wrapped key"},
-		"empty blob":      {edit(func(b []byte) []byte { b[112] = 0; return b }), "wrapped key"},
-		"checksum":        {func() []byte { b := append([]byte(nil), good...); b[50] ^= 1; return b }(), "checksum"},
-		"length":          {append(append([]byte(nil), good...), 0), "it says"},
-		"truncated":       {good[:len(good)-1], "it says"},
-		"oversized":       {make([]byte, MaxHeader+1), "limit"},
-		"padding not 0":   {edit(func(b []byte) []byte { return append(b[:len(b)-6], 0, 1, 0, 0, 0, 0, 0, 0) }), "after the last copy"},
-		"text would pack": {textForm(t), "never written"},
+		"empty":             {nil, "too few"},
+		"magic":             {set(0, 'X'), "magic"},
+		"version 2":         {set(4, 2), "version 2"},
+		"version 0":         {set(4, 0), "version 0"},
+		"suite":             {set(5, 2), "suite"},
+		"flags":             {set(7, 0x80), "flags"},
+		"the next flag":     {set(6, 2), "flags"},
+		"shared, and more":  {set(6, 3), "flags"},
+		"shared volume":     {edit(func(b []byte) []byte { b[6], b[9] = 1, 2; return b }), "something else than a file"},
+		"shared, no number": {edit(func(b []byte) []byte { b[6], b[42], b[43] = 1, 0, 0; return b }), "in place of a file's"},
+		"small block":       {set(8, 11), "block size"},
+		"large block":       {set(8, 17), "block size"},
+		"use":               {set(9, 3), "use"},
+		"generation":        {set(10, 2), "generation"},
+		"no copies":         {set(76, 0), "copies"},
+		"nine copies":       {set(76, 9), "copies"},
+		"missing copy":      {set(76, 3), "copy 2"},
+		"extra copy":        {set(76, 1), "after the last copy"},
+		"provider":          {set(77, 9), "provider"},
+		"name form":         {set(79, 7), "form"},
+		"partition":         {set(80, 200), "packed"},
+		"region length":     {set(81, 200), "packed"},
+		"name length":       {set(78, 255), "key name of 255"},
+		"long blob":         {edit(func(b []byte) []byte { b[113] = 0xff; return b }), "wrapped key"},
+		"empty blob":        {edit(func(b []byte) []byte { b[112] = 0; return b }), "wrapped key"},
+		"checksum":          {func() []byte { b := append([]byte(nil), good...); b[50] ^= 1; return b }(), "checksum"},
+		"length":            {append(append([]byte(nil), good...), 0), "it says"},
+		"truncated":         {good[:len(good)-1], "it says"},
+		"oversized":         {make([]byte, MaxHeader+1), "limit"},
+		"padding not 0":     {edit(func(b []byte) []byte { return append(b[:len(b)-6], 0, 1, 0, 0, 0, 0, 0, 0) }), "after the last copy"},
+		"text would pack":   {textForm(t), "never written"},
 	}
 	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {
@@ -163,6 +167,8 @@ func FuzzParseHeader(f *testing.F) {
 	for _, keys := range [][]string{{arnUUID}, {arnMRK, "local:a"}, {arnOdd}} {
 		raw, err := sampleHeader(keys...).Marshal()
 		require.NoError(f, err)
+		f.Add(raw)
+		raw[6], raw[42] = flagShared, 1
 		f.Add(raw)
 	}
 	f.Fuzz(func(t *testing.T, raw []byte) {

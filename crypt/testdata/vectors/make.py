@@ -1,11 +1,13 @@
-"""Writes format1.txt from docs/FORMAT.md alone, with Python's cryptography
+"""Writes format1.txt, and with "shared" format1-shared.txt, from docs/FORMAT.md alone, with Python's cryptography
 package: an independent check that the Go code does what the document says.
 
     python3 make.py > format1.txt
+    python3 make.py shared > format1-shared.txt
 """
 import hashlib
 import hmac
 import struct
+import sys
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -29,7 +31,12 @@ def expand(prk, info, n):
 
 data_key = bytes(range(0x60, 0x80))
 volume_id, file_id = bytes(range(16)), bytes(range(16, 32))
-bound = b"KMSF" + bytes([1, 1, 0, 0, 12, 1]) + struct.pack("<H", 1) + volume_id + file_id
+shared = sys.argv[1:] == ["shared"]
+bound = b"KMSF" + bytes([1, 1, 1 if shared else 0, 0, 12, 1]) + struct.pack("<H", 1) + volume_id + file_id
+held = data_key  # what a copy holds
+if shared:
+    ikm = hmac.new(file_id[:14] + bytes(2), held, hashlib.sha256).digest()
+    data_key = expand(ikm, bytes([8]) + b"file-key" + bytes([len(bound)]) + bound, 32)
 prk = hmac.new(file_id, data_key, hashlib.sha256).digest()
 
 
@@ -55,5 +62,5 @@ def record(block, plain, epoch):
 
 plain = b"".join(hashlib.sha256(b"%d" % i).digest() for i in range(260))[:8222]
 stored = record(0, plain[:4096], 7) + record(1, plain[4096:8192], 0xFFFFFFFF) + record(2, plain[8192:], 7)
-for k, v in (("data-key", data_key), ("header", header), ("sparse", mark), ("stored", stored), ("plain", plain)):
+for k, v in (("data-key", held), ("header", header), ("sparse", mark), ("stored", stored), ("plain", plain)):
     print(k + ": " + v.hex())
