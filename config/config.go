@@ -51,6 +51,7 @@ type Config struct {
 type Init struct {
 	Keys      []string `toml:"keys"`
 	Names     string   `toml:"names"`
+	Envelope  string   `toml:"envelope"`
 	BlockSize int      `toml:"block_size"`
 }
 
@@ -106,7 +107,7 @@ type Volume struct {
 // Default is the configuration without any file.
 func Default() *Config {
 	return &Config{
-		Init:  Init{Names: "encrypted", BlockSize: 4096},
+		Init:  Init{Names: "encrypted", Envelope: "per-file", BlockSize: 4096},
 		Mount: Mount{Writeback: true, TailSave: true, Lease: Duration(time.Minute), Grace: Duration(15 * time.Minute)},
 		KMS:   KMS{Deadline: Duration(10 * time.Second), CreateWait: Duration(2 * time.Second), Prefetch: 64},
 		Rekey: Rekey{Jobs: 16},
@@ -215,6 +216,7 @@ func (c *Config) problems() (list []string) {
 		}
 	}
 	bad(c.Init.Names != "encrypted" && c.Init.Names != "plain", "init.names is \"encrypted\" or \"plain\", not %q", c.Init.Names)
+	bad(c.Init.Envelope != "per-file" && c.Init.Envelope != "shared", "init.envelope is \"per-file\" or \"shared\", not %q", c.Init.Envelope)
 	n := c.Init.BlockSize
 	bad(n < 4096 || n > 65536 || n&(n-1) != 0, "init.block_size is a power of two from 4096 to 65536, not %d", n)
 	bad(c.Mount.Lease <= 0, "mount.lease must be more than 0")

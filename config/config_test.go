@@ -110,6 +110,7 @@ func TestFaults(t *testing.T) {
 		"metrics":            {"[mount]\nmetrics = '9100'\n", "mount.metrics: metrics are served on"},
 		"negative duration":  {"[kms]\ndeadline = '-1s'\n", "is not a duration"},
 		"values, first":      {"[init]\nnames = 'x'\nblock_size = 5000\n", "init.names"},
+		"values, envelope":   {"[init]\nenvelope = 'x'\n", "init.envelope"},
 		"values, second":     {"[init]\nnames = 'x'\nblock_size = 5000\n", "init.block_size"},
 		"jobs":               {"[rekey]\njobs = 0\n", "rekey.jobs"},
 		"profile, word":      {"[kms.profiles]\nchina = 'x'\n", `kms.profiles."china" is neither a partition`},

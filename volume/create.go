@@ -65,7 +65,7 @@ func checkNew(fd int) error {
 
 // Create makes dir (which may be missing, else must be empty) a volume: mode
 // 0700, kmsfs.toml and its backup durable. s needs Format, ID, BlockSize, Names,
-// Keys and the Header that key belongs to; its MAC is made here. key stays the
+// Shared, Keys and the Header that key belongs to; its MAC is made here. key stays the
 // caller's.
 func Create(dir string, s Settings, key *crypt.Secrets) error {
 	mac, err := key.SettingsMAC(s.unchanging())

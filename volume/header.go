@@ -80,6 +80,8 @@ func (v *Volume) ParseHeader(raw []byte) (*crypt.Header, error) {
 		return nil, crypt.ErrForeign
 	case h.Use != crypt.UseFile:
 		return nil, fmt.Errorf("a %s key's header on a file: %w", h.Use, crypt.ErrDamaged)
+	case h.Shared != v.fixed.Shared:
+		return nil, fmt.Errorf("a header for another envelope: %w", crypt.ErrDamaged)
 	case h.BlockLog2 != v.fixed.BlockLog2():
 		return nil, fmt.Errorf("a header for another block size: %w", crypt.ErrDamaged)
 	}

@@ -39,7 +39,16 @@ const (
 	NamesPlain     NamesMode = "plain"
 )
 
-// Settings are what kmsfs.toml says. Format, ID, BlockSize and Names never
+// An Envelope says what the copies in a file's header hold.
+type Envelope string
+
+// The envelopes.
+const (
+	EnvelopePerFile Envelope = "per-file" // the file's own data key
+	EnvelopeShared  Envelope = "shared"   // an intermediate key, which the data keys of many files are derived from
+)
+
+// Settings are what kmsfs.toml says. Format, ID, BlockSize, Names and Shared never
 // change and are covered by MAC. Keys and Header may be changed by somebody who
 // holds no key (a rekey by ReEncrypt alone); what authenticates them is the
 // client's trusted list, the pin and the header's commitment.
@@ -48,6 +57,7 @@ type Settings struct {
 	ID        crypt.VolumeID
 	BlockSize int
 	Names     NamesMode
+	Shared    bool     // the envelope is shared
 	Keys      []string // KMS keys and local keys; the first is for new files
 	Header    []byte   // the volume key's header
 	MAC       []byte   // HMAC of what never changes, under the volume key
@@ -59,6 +69,7 @@ type settingsTOML struct {
 	Volume    string   `toml:"volume"`
 	BlockSize int      `toml:"block_size"`
 	Names     string   `toml:"names"`
+	Envelope  Envelope `toml:"envelope,omitempty"` // "" = per file, which has no other form
 	Keys      []string `toml:"keys"`
 	Header    string   `toml:"header"`
 	MAC       string   `toml:"mac"`
@@ -71,9 +82,22 @@ const settingsComment = `# A kmsfs volume. "kmsfs rekey" changes this file; don'
 // BlockLog2 is the block size as headers state it.
 func (s *Settings) BlockLog2() uint8 { return uint8(bits.TrailingZeros(uint(s.BlockSize))) }
 
-// unchanging are the bytes that the MAC and the digest cover.
+// Envelope is what the copies in headers hold.
+func (s *Settings) Envelope() Envelope {
+	if s.Shared {
+		return EnvelopeShared
+	}
+	return EnvelopePerFile
+}
+
+// unchanging are the bytes that the MAC and the digest cover. The envelope is named
+// only where it is shared: volumes from before there was a choice have it per file.
 func (s *Settings) unchanging() []byte {
-	return fmt.Appendf(nil, "kmsfs settings\nformat %d\nvolume %s\nblock_size %d\nnames %s\n", s.Format, s.ID, s.BlockSize, s.Names)
+	b := fmt.Appendf(nil, "kmsfs settings\nformat %d\nvolume %s\nblock_size %d\nnames %s\n", s.Format, s.ID, s.BlockSize, s.Names)
+	if s.Shared {
+		b = fmt.Appendf(b, "envelope %s\n", EnvelopeShared)
+	}
+	return b
 }
 
 // Digest names the settings that never change, for a client's pin: the SHA-256
@@ -93,8 +117,12 @@ func (s *Settings) clone() Settings {
 func (s *Settings) encode() ([]byte, error) {
 	var b bytes.Buffer
 	b.WriteString(settingsComment)
+	envelope := EnvelopeShared
+	if !s.Shared {
+		envelope = ""
+	}
 	err := toml.NewEncoder(&b).SetArraysMultiline(true).Encode(settingsTOML{
-		Format: s.Format, Volume: s.ID.String(), BlockSize: s.BlockSize, Names: string(s.Names), Keys: s.Keys,
+		Format: s.Format, Volume: s.ID.String(), BlockSize: s.BlockSize, Names: string(s.Names), Envelope: envelope, Keys: s.Keys,
 		Header: base64.StdEncoding.EncodeToString(s.Header), MAC: hex.EncodeToString(s.MAC),
 	})
 	if err == nil && b.Len() > maxSettings {
@@ -113,9 +141,12 @@ func parseSettings(data []byte) (*Settings, error) {
 	if err := toml.NewDecoder(bytes.NewReader(data)).DisallowUnknownFields().Decode(&t); err != nil {
 		return nil, badSettings(withLine(err))
 	}
-	s := &Settings{Format: t.Format, BlockSize: t.BlockSize, Names: NamesMode(t.Names), Keys: t.Keys}
+	s := &Settings{Format: t.Format, BlockSize: t.BlockSize, Names: NamesMode(t.Names), Shared: t.Envelope == EnvelopeShared, Keys: t.Keys}
 	if s.Format != Format {
 		return nil, badSettings(fmt.Errorf("format %d, this program knows %d", s.Format, Format))
+	}
+	if t.Envelope != "" && !s.Shared {
+		return nil, badSettings(fmt.Errorf("envelope is %q or not there, not %q", EnvelopeShared, t.Envelope))
 	}
 	var errID, errHeader, errMAC error
 	s.ID, errID = crypt.ParseVolumeID(t.Volume)

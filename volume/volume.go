@@ -248,7 +248,7 @@ func (v *Volume) adopt(before, s *Settings, warning string) (changed bool, err e
 // keys and the copies of the volume key may differ.
 func successor(before, s *Settings) (*crypt.Header, error) {
 	if !bytes.Equal(before.unchanging(), s.unchanging()) || !bytes.Equal(before.MAC, s.MAC) {
-		return nil, errors.New("format, volume id, block size and names mode can't change")
+		return nil, errors.New("format, volume id, block size, names mode and envelope can't change")
 	}
 	h, err := s.check()
 	if err != nil {
