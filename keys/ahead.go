@@ -176,12 +176,12 @@ func (w *wrapper) openAhead(ctx context.Context, h *crypt.Header, list []candida
 	if out {
 		return opened{}, newError(KindUnavailable, opDecrypt, first.key, errOutage)
 	}
-	s, err := w.openCopy(ctx, h, first, 1)
+	o, err := w.openCopy(ctx, h, first, 1)
 	if err != nil {
 		return opened{}, err
 	}
-	s.SetUnder(governing(list))
-	return opened{s, first.key}, nil
+	o.secrets.SetUnder(governing(list))
+	return o, nil
 }
 
 // prefetch is open for a guess. It joins nobody: whose call is under way needs none.

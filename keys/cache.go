@@ -34,8 +34,7 @@ type cache struct {
 }
 
 type cached struct {
-	id   string
-	born time.Time
+	id string
 	// guess: it was opened ahead, and nobody has asked for it yet.
 	guess bool
 	opened
@@ -90,6 +89,7 @@ func (c *cache) put(id *crypt.Identity, o opened, era uint64, guess bool) {
 	if err != nil {
 		return // no memory for another key: go on without remembering
 	}
+	own.from.blob = nil
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed || era != c.era || c.max <= 0 {
@@ -103,7 +103,7 @@ func (c *cache) put(id *crypt.Identity, o opened, era uint64, guess bool) {
 	if e := c.entries[key]; e != nil {
 		c.removeLocked(e)
 	}
-	c.entries[key] = c.recent.PushFront(&cached{id: key, born: time.Now(), guess: guess, opened: own})
+	c.entries[key] = c.recent.PushFront(&cached{id: key, guess: guess, opened: own})
 	if guess {
 		c.guessed++
 	}
@@ -154,7 +154,7 @@ func (c *cache) retain(keys []string) {
 	c.era++
 	for e := c.recent.Front(); e != nil; {
 		v, following := e.Value.(*cached), e.Next()
-		if !trusts(keys, v.key) {
+		if !trusts(keys, v.from.key) {
 			c.removeLocked(e)
 		}
 		e = following

@@ -16,7 +16,7 @@ func TestCacheAge(t *testing.T) {
 		f := newFake()
 		h := newHeader(t, f, arnA)
 		f.calls = nil
-		r := NewRing(RingOptions{Volume: testVolume, Trusted: []string{arnA}, Provider: f, CacheAge: time.Minute})
+		r := NewRing(RingOptions{Volume: testVolume, Shared: shared, Trusted: []string{arnA}, Provider: f, CacheAge: time.Minute})
 		defer r.Close()
 		require.NoError(t, open(t, r, h))
 		for range 5 {
@@ -37,7 +37,7 @@ func TestCacheSweepsStragglers(t *testing.T) {
 	inFakeTime(t, func(t *testing.T) {
 		before := crypt.LiveKeys()
 		f := newFake()
-		r := NewRing(RingOptions{Volume: testVolume, Trusted: []string{arnA}, Provider: f, CacheAge: time.Minute})
+		r := NewRing(RingOptions{Volume: testVolume, Shared: shared, Trusted: []string{arnA}, Provider: f, CacheAge: time.Minute})
 		defer r.Close()
 		for range 10 {
 			require.NoError(t, open(t, r, newHeader(t, f, arnA)))
@@ -117,7 +117,7 @@ func TestRetainDuringACall(t *testing.T) {
 		f := newFake()
 		h := newHeader(t, f, arnA)
 		f.before = slow(time.Second)
-		r := NewRing(RingOptions{Volume: testVolume, Trusted: []string{arnA}, Provider: f})
+		r := NewRing(RingOptions{Volume: testVolume, Shared: shared, Trusted: []string{arnA}, Provider: f})
 		defer r.Close()
 		time.AfterFunc(time.Second/2, func() { r.SetTrusted([]string{arnB}) })
 		require.NoError(t, open(t, r, h), "it was trusted when it was opened")

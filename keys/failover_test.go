@@ -51,7 +51,7 @@ func inOutage(t *testing.T, test func(t *testing.T, o *outage, next func() error
 		}
 		o := &outage{key: arnA}
 		f.before = o.before
-		r := NewRing(RingOptions{Volume: testVolume, Trusted: []string{arnA, arnB}, Provider: f})
+		r := NewRing(RingOptions{Volume: testVolume, Shared: shared, Trusted: []string{arnA, arnB}, Provider: f})
 		defer r.Close()
 		next := func() error { return open(t, r, <-headers) }
 		start := time.Now()

@@ -138,7 +138,7 @@ const (
 
 func newTestRing(t testing.TB, p Provider, edit func(*RingOptions), trusted ...string) *Ring {
 	t.Helper()
-	o := RingOptions{Volume: testVolume, Trusted: trusted, Provider: p}
+	o := RingOptions{Volume: testVolume, Shared: shared, Trusted: trusted, Provider: p}
 	if edit != nil {
 		edit(&o)
 	}
@@ -147,19 +147,52 @@ func newTestRing(t testing.TB, p Provider, edit func(*RingOptions), trusted ...s
 	return r
 }
 
+// shared is the envelope that the tests of this package use now (TestSharedEnvelope).
+var shared bool
+
 // newHeader makes a data key wrapped by each of the keys.
 func newHeader(t testing.TB, p Provider, keys ...string) *crypt.Header {
 	t.Helper()
-	w := newWrapper(p, testVolume, 12, keys)
-	f, err := w.make(context.Background(), crypt.UseFile)
-	require.NoError(t, err)
-	defer f.Secrets.Wipe()
-	for _, key := range keys[1:] {
-		blob, err := p.Encrypt(context.Background(), key, f.Header.EncryptionContext(testVolume), f.Secrets.DataKey())
+	return newHeaders(t, p, 1, keys...)[0]
+}
+
+// newHeaders makes the headers of n files; if the envelope is shared, under one
+// intermediate key.
+func newHeaders(t testing.TB, p Provider, n int, keys ...string) (list []*crypt.Header) {
+	t.Helper()
+	ctx, w := context.Background(), newWrapper(p, testVolume, 12, keys)
+	var held *crypt.Key
+	var copies []crypt.Copy
+	for number := uint16(1); len(list) < n; number++ {
+		id, err := crypt.NewIntermediate(testVolume, 12)
+		if !shared {
+			id, err = crypt.NewIdentity(testVolume, crypt.UseFile, 12)
+		}
 		require.NoError(t, err)
-		f.Header.Copies = append(f.Header.Copies, crypt.Copy{Key: key, Blob: blob})
+		if shared && held != nil {
+			id = list[0].Wrapped()
+		} else {
+			var c crypt.Copy
+			held, c, err = w.generate(ctx, &id)
+			require.NoError(t, err)
+			defer held.Wipe()
+			copies = []crypt.Copy{c}
+			for _, key := range keys[1:] {
+				blob, err := p.Encrypt(ctx, key, id.EncryptionContext(testVolume), held)
+				require.NoError(t, err)
+				copies = append(copies, crypt.Copy{Key: key, Blob: blob})
+			}
+		}
+		if shared {
+			id = id.Numbered(number)
+		}
+		f, err := newFresh(id, held, copies[0])
+		require.NoError(t, err)
+		f.Secrets.Wipe()
+		f.Header.Copies = append([]crypt.Copy(nil), copies...)
+		list = append(list, f.Header)
 	}
-	return f.Header
+	return list
 }
 
 // inFakeTime runs a test in a bubble where time passes at once when all wait.

@@ -47,7 +47,7 @@ func runLeases(t *testing.T, grace time.Duration, test func(*leaseTest), trusted
 		volumeKey := newHeader(t, l.fake, trusted...)
 		l.h = newHeader(t, l.fake, trusted...)
 		l.fake.before = l.answer
-		l.ring = NewRing(RingOptions{Volume: testVolume, Trusted: trusted, Provider: l.fake, CacheAge: 24 * time.Hour})
+		l.ring = NewRing(RingOptions{Volume: testVolume, Shared: shared, Trusted: trusted, Provider: l.fake, CacheAge: 24 * time.Hour})
 		defer synctest.Wait()
 		defer l.ring.Close()
 		l.ring.KeepLeases(LeaseOptions{Interval: testInterval, Grace: grace, Changed: l.changed}, volumeKey)

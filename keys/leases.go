@@ -29,7 +29,7 @@ type witness struct {
 // looks at those that are due, and each check has its own, so that a region which
 // hangs keeps no other waiting.
 //
-// mu is taken under pool.mu and cache.mu, never the other way round, and never held
+// mu is taken under pool.mu, cache.mu, memo.mu and mint.mu, never the other way round, and never held
 // while anybody is called.
 type leases struct {
 	provider Provider

@@ -19,7 +19,7 @@ func poolTest(t *testing.T, latency time.Duration, test func(*testing.T, *fake, 
 	inFakeTime(t, func(t *testing.T) {
 		f := newFake()
 		f.before = slow(latency)
-		r := NewRing(RingOptions{Volume: testVolume, Trusted: []string{arnA}, Provider: f})
+		r := NewRing(RingOptions{Volume: testVolume, Shared: shared, Trusted: []string{arnA}, Provider: f})
 		defer synctest.Wait()
 		defer r.Close()
 		test(t, f, r)

@@ -12,7 +12,8 @@ import (
 // trusted key. A header will do if it has a copy under that key and none under a key
 // that is no longer trusted. It is for files that a rekey's sweep does not meet,
 // having no name; so the copy is made here, by Encrypt, from the data key that this
-// process has anyway. The caller still owns s.
+// process has anyway; an intermediate key, which it may have wiped, from the header's
+// copies. The caller still owns s.
 func (r *Ring) Renew(ctx context.Context, h *crypt.Header, s *crypt.Secrets) (*crypt.Header, error) {
 	if h.Volume != r.core.volume {
 		return nil, crypt.ErrForeign
@@ -26,11 +27,36 @@ func (r *Ring) Renew(ctx context.Context, h *crypt.Header, s *crypt.Secrets) (*c
 	}
 	ctx, cancel := context.WithTimeout(ctx, r.deadline)
 	defer cancel()
-	blob, err := r.counted.Encrypt(ctx, trusted[0], h.EncryptionContext(r.core.volume), s.DataKey())
+	blob, err := r.rewrap(ctx, h, s, trusted[0])
 	if err != nil {
 		return nil, fmt.Errorf("wrapping a data key again: %w", err)
 	}
 	return &crypt.Header{Identity: h.Identity, Copies: []crypt.Copy{{Key: trusted[0], Blob: blob}}}, nil
+}
+
+// rewrap wraps what the copies of h hold with key.
+func (r *Ring) rewrap(ctx context.Context, h *crypt.Header, s *crypt.Secrets, key string) ([]byte, error) {
+	if !h.Shared {
+		return r.counted.Encrypt(ctx, key, h.EncryptionContext(r.core.volume), s.DataKey())
+	}
+	o, err := r.core.open(ctx, h)
+	if err != nil {
+		return nil, err
+	}
+	o.secrets.Wipe()
+	c := o.from
+	// Files that share it share the outcome. It hangs on the blob that was opened, not on
+	// the id alone.
+	a := ask{op: opEncrypt, key: c.key, to: key, id: h.Wrapped(), blob: string(c.blob)}
+	blob, _, err := r.renewed.get(ctx, a, func() ([]byte, error) {
+		k, _, err := r.core.unwrap(ctx, h, c)
+		if err != nil {
+			return nil, err
+		}
+		defer k.Wipe()
+		return r.counted.Encrypt(ctx, key, h.EncryptionContext(r.core.volume), k)
+	})
+	return blob, err
 }
 
 // current reports whether a header is as a rekey leaves them. A replica's label is

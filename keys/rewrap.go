@@ -3,6 +3,7 @@ package keys
 import (
 	"context"
 	"fmt"
+	"sync/atomic"
 
 	"kmsfs/crypt"
 )
@@ -98,22 +99,55 @@ func inRegionOf(key, multi string) string {
 // (DESIGN 3.6), or a forged header would be laundered into the new key. It sets
 // no deadline of its own: a provider bounds each call, and how long a call waits
 // for its turn under a rate limit is no failure of it.
+//
+// Files that share an intermediate key share what is made of it: one copy that is like
+// another, byte for byte, is rewrapped once for all of them. Every file is still checked
+// against its own commitment where the key passes through this process; for that such
+// keys are kept until Close.
 type Rewrapper struct {
 	provider Provider
 	volume   crypt.VolumeID
 	via      string // a multi-Region key, or ""
+	calls    atomic.Int64
+
+	held  *memo[*crypt.Key] // intermediate keys
+	blobs *memo[[]byte]     // of intermediate keys
 }
+
+// What a Rewrapper remembers: about 200 bytes for a key, 600 for a blob. Files that share
+// an intermediate key were made together and stand together in the order of inodes, so a
+// few would do.
+const (
+	rewrapKeys  = 4096
+	rewrapBlobs = 16384
+)
 
 // NewRewrapper makes a Rewrapper for one volume.
 func NewRewrapper(provider Provider, volume crypt.VolumeID) *Rewrapper {
-	return &Rewrapper{provider: provider, volume: volume}
+	return NewRewrapperVia(provider, volume, "")
 }
 
 // NewRewrapperVia makes a Rewrapper that goes from region to region by way of a
 // multi-Region key with a replica in both; via is its name in any region, or "".
 // Where both keys are in one region, or one is local, via plays no part.
 func NewRewrapperVia(provider Provider, volume crypt.VolumeID, via string) *Rewrapper {
-	return &Rewrapper{provider: provider, volume: volume, via: via}
+	return &Rewrapper{provider: provider, volume: volume, via: via, held: newKeyMemo(rewrapKeys, 0), blobs: newBlobMemo(rewrapBlobs)}
+}
+
+// Close wipes what is remembered.
+func (w *Rewrapper) Close() {
+	w.held.close()
+	w.blobs.close()
+}
+
+// Calls is how many requests were sent that KMS bills; attempts at one count once.
+func (w *Rewrapper) Calls() int { return int(w.calls.Load()) }
+
+// bill counts a request with a key.
+func (w *Rewrapper) bill(key string) {
+	if !IsLocal(key) {
+		w.calls.Add(1)
+	}
 }
 
 // Route chooses the way from the names alone; it calls nobody. From and to may
@@ -217,21 +251,56 @@ func (w *Rewrapper) follow(ctx context.Context, route Route, h *crypt.Header, bl
 		return nil, err
 	}
 	defer k.Wipe()
-	return w.provider.Encrypt(ctx, route.To, h.EncryptionContext(w.volume), k)
+	return w.share(ctx, h, ask{op: opEncrypt, key: route.From, to: route.To, blob: string(blob)}, func() ([]byte, error) {
+		w.bill(route.To)
+		return w.provider.Encrypt(ctx, route.To, h.EncryptionContext(w.volume), k)
+	})
+}
+
+// share makes one request of those for files that share a blob.
+func (w *Rewrapper) share(ctx context.Context, h *crypt.Header, a ask, request func() ([]byte, error)) ([]byte, error) {
+	if !h.Shared {
+		return request()
+	}
+	a.id = h.Wrapped()
+	blob, _, err := w.blobs.get(ctx, a, request)
+	return blob, err
 }
 
 func (w *Rewrapper) hop(ctx context.Context, hops []hop, h *crypt.Header, blob []byte) (_ []byte, err error) {
 	for _, s := range hops {
-		if blob, err = w.provider.ReEncrypt(ctx, s.from, s.to, h.EncryptionContext(w.volume), blob); err != nil {
+		from := blob
+		blob, err = w.share(ctx, h, ask{op: opReEncrypt, key: s.from, to: s.to, blob: string(from)}, func() ([]byte, error) {
+			return w.reEncrypt(ctx, h, s.from, s.to, from)
+		})
+		if err != nil {
 			return nil, err
 		}
 	}
 	return blob, nil
 }
 
+func (w *Rewrapper) reEncrypt(ctx context.Context, h *crypt.Header, from, to string, blob []byte) ([]byte, error) {
+	w.bill(from)
+	return w.provider.ReEncrypt(ctx, from, to, h.EncryptionContext(w.volume), blob)
+}
+
+// decrypt is what a copy holds. The caller wipes it.
+func (w *Rewrapper) decrypt(ctx context.Context, h *crypt.Header, key string, blob []byte) (*crypt.Key, error) {
+	request := func() (*crypt.Key, error) {
+		w.bill(key)
+		return w.provider.Decrypt(ctx, key, h.EncryptionContext(w.volume), blob)
+	}
+	if !h.Shared {
+		return request()
+	}
+	k, _, err := w.held.get(ctx, ask{op: opDecrypt, key: key, id: h.Wrapped(), blob: string(blob)}, request)
+	return k, err
+}
+
 // unwrap opens a copy and proves it against the commitment. The caller wipes the key.
 func (w *Rewrapper) unwrap(ctx context.Context, h *crypt.Header, key string, blob []byte) (*crypt.Key, error) {
-	k, err := w.provider.Decrypt(ctx, key, h.EncryptionContext(w.volume), blob)
+	k, err := w.decrypt(ctx, h, key, blob)
 	if err != nil {
 		return nil, err
 	}
@@ -272,7 +341,10 @@ func (w *Rewrapper) Prove(ctx context.Context, h *crypt.Header, key string) erro
 	if err != nil {
 		return err
 	}
-	if _, err := w.provider.ReEncrypt(ctx, key, key, h.EncryptionContext(w.volume), c.Blob); err != nil {
+	_, err = w.share(ctx, h, ask{op: opReEncrypt, key: key, to: key, blob: string(c.Blob)}, func() ([]byte, error) {
+		return w.reEncrypt(ctx, h, key, key, c.Blob)
+	})
+	if err != nil {
 		return fmt.Errorf("proving a copy of a data key by ReEncrypt, for Decrypt was denied: %w", err)
 	}
 	return nil

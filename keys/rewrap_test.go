@@ -140,7 +140,9 @@ func TestRewrapEveryRoute(t *testing.T) {
 		if !IsLocal(c.from) && (c.via != "" || sameRegion(c.from, c.to)) {
 			p = migrator
 		}
-		moved, err := NewRewrapperVia(p, testVolume, c.via).Rewrap(context.Background(), h, c.from, c.to)
+		w := NewRewrapperVia(p, testVolume, c.via)
+		moved, err := w.Rewrap(context.Background(), h, c.from, c.to)
+		w.Close()
 		require.NoError(t, err)
 		require.Equal(t, c.calls, sentTo(srv), "%s -> %s via %s", c.from, c.to, c.via)
 		for _, call := range srv.Calls() {
@@ -260,6 +262,7 @@ func TestVerify(t *testing.T) {
 	noLeaks(t)
 	f, ctx := newFake(), context.Background()
 	w := NewRewrapper(f, testVolume)
+	defer w.Close()
 	h := newHeader(t, f, arnA, arnMRK)
 	f.calls = nil
 	for _, check := range []func(context.Context, *crypt.Header, string) error{w.Verify, w.Prove} {

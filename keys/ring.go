@@ -14,6 +14,7 @@ const (
 	defaultCacheKeys = 16384
 	defaultCacheAge  = 10 * time.Minute
 	defaultPoolSize  = 64
+	defaultShared    = 1024
 )
 
 // RingOptions say which volume a ring serves, under which keys.
@@ -28,6 +29,11 @@ type RingOptions struct {
 	CacheAge  time.Duration // how long a data key is remembered; 10 min
 	PoolSize  int           // fresh keys fetched ahead at most; 0 = 64, negative = none
 	Prefetch  int           // data keys decrypted ahead at once at most (Prefetch); 0 = none
+
+	// Shared is whether the volume's data keys are derived from intermediate keys. Then
+	// 1,024 of those are remembered, for CacheAge, whatever CacheKeys says; and nothing is
+	// decrypted ahead, for each of them opens thousands.
+	Shared bool
 }
 
 func (o *RingOptions) setDefaults() {
@@ -43,6 +49,9 @@ func (o *RingOptions) setDefaults() {
 	if o.CacheAge <= 0 {
 		o.CacheAge = defaultCacheAge
 	}
+	if o.Shared {
+		o.Prefetch = 0
+	}
 	if o.PoolSize == 0 {
 		o.PoolSize = defaultPoolSize
 	}
@@ -57,6 +66,8 @@ type Ring struct {
 	counted *counted
 	cache   *cache
 	flight  *flight
+	mint    *mint         // nil if each file has a wrapped key of its own
+	renewed *memo[[]byte] // of Renew
 	pool    *pool
 	leases  *leases
 	ahead   *ahead
@@ -71,13 +82,17 @@ type Ring struct {
 func NewRing(o RingOptions) *Ring {
 	o.setDefaults()
 	base, cancel := context.WithCancel(context.Background())
-	r := &Ring{counted: newCounted(o.Provider), deadline: o.Deadline, ahead: newAhead(o.Prefetch), cancel: cancel}
+	r := &Ring{counted: newCounted(o.Provider), renewed: newBlobMemo(defaultShared), deadline: o.Deadline, ahead: newAhead(o.Prefetch), cancel: cancel}
 	base = withThrottling(base, r.ahead.throttled)
 	r.base = base
 	r.core = newWrapper(r.counted, o.Volume, o.BlockLog2, o.Trusted)
+	if o.Shared {
+		r.core.shared, r.core.held = true, newKeyMemo(defaultShared, o.CacheAge)
+		r.mint = newMint(base, r.core, o.Deadline)
+	}
 	r.cache = newCache(r.core, o.CacheKeys, o.CacheAge)
 	r.flight = newFlight(base, r.cache, o.Deadline)
-	r.pool = newPool(base, r.core, r.first, max(o.PoolSize, 0), o.Deadline)
+	r.pool = newPool(base, r.maker(), r.first, max(o.PoolSize, 0), o.Deadline)
 	r.leases = newLeases(r.counted, o.Volume, o.Deadline)
 	r.leases.held, r.leases.wipe = r.held, r.wipeEnded
 	r.core.leases = r.leases
@@ -85,13 +100,16 @@ func NewRing(o RingOptions) *Ring {
 	return r
 }
 
-// first is the key for new data keys, for messages.
-func (r *Ring) first() string {
-	if keys := r.core.keys(); len(keys) > 0 {
-		return keys[0]
+// maker makes the data keys of new files.
+func (r *Ring) maker() maker {
+	if r.mint != nil {
+		return r.mint
 	}
-	return "no key"
+	return r.core
 }
+
+// first is the key for new data keys, for messages.
+func (r *Ring) first() string { return r.core.first() }
 
 // Open returns the secrets of a header, from the cache or from the key service;
 // the caller wipes them. Errors are an *Error, or crypt.ErrForeign or
@@ -161,7 +179,7 @@ func (r *Ring) Return(f *crypt.Fresh) {
 func (r *Ring) NewKey(ctx context.Context, use crypt.Use) (*crypt.Fresh, error) {
 	ctx, cancel := context.WithTimeout(ctx, r.deadline)
 	defer cancel()
-	f, err := r.core.make(ctx, use)
+	f, err := r.maker().make(ctx, use)
 	if err != nil {
 		return nil, fmt.Errorf("making a data key: %w", err)
 	}
@@ -176,6 +194,8 @@ func (r *Ring) Trusted() []string { return append([]string(nil), r.core.keys()..
 func (r *Ring) SetTrusted(keys []string) {
 	r.core.setTrusted(keys)
 	r.cache.retain(keys)
+	r.core.held.drop(func(a ask) bool { return !trusts(keys, a.key) })
+	r.mint.drop()
 	r.pool.drop()
 	r.leases.trust(keys)
 }
@@ -183,6 +203,8 @@ func (r *Ring) SetTrusted(keys []string) {
 // Forget wipes every key that is remembered or was fetched ahead; the ring goes on.
 func (r *Ring) Forget() {
 	r.cache.retain(nil)
+	r.core.held.drop(func(ask) bool { return true })
+	r.mint.drop()
 	r.pool.drop()
 }
 
@@ -234,7 +256,10 @@ func (r *Ring) Locked() bool { return errors.Is(r.leases.ended(nil), ErrLocked) 
 // held is what the ring's own data keys depend on.
 func (r *Ring) held() [][]string {
 	lists := r.cache.under()
-	if r.pool.holds() {
+	for _, key := range r.core.held.keys() {
+		lists = append(lists, []string{key})
+	}
+	if r.pool.holds() || r.mint.holds() {
 		lists = append(lists, []string{r.first()})
 	}
 	return lists
@@ -244,7 +269,11 @@ func (r *Ring) held() [][]string {
 func (r *Ring) wipeEnded() {
 	if r.leases.anyEnded() {
 		r.cache.sweepEnded(r.leases.ended)
+		r.core.held.drop(func(a ask) bool { return r.leases.ended([]string{a.key}) != nil })
 		r.pool.refuse()
+		if r.leases.ended([]string{r.first()}) != nil {
+			r.mint.drop()
+		}
 	}
 }
 
@@ -253,7 +282,9 @@ func (r *Ring) wipeEnded() {
 func (r *Ring) Close() {
 	r.cancel()
 	r.pool.close()
+	r.mint.close()
 	r.cache.close()
+	r.core.held.close()
 }
 
 // Stats are counters since the ring was made.
@@ -277,6 +308,9 @@ type Stats struct {
 	Ahead, AheadFailed, AheadUsed, AheadWasted int64
 	AheadUnused                                int
 
+	SharedHits int64 // opens and creates served by an intermediate key that was remembered
+	SharedKeys int   // intermediate keys remembered now
+
 	PoolHits   int64         // fresh keys that were ready
 	PoolWaits  int64         // fresh keys that had to be waited for
 	PoolWaited time.Duration // time spent waiting for them
@@ -291,6 +325,8 @@ func (r *Ring) Stats() Stats {
 	r.counted.addTo(&s)
 	r.cache.addTo(&s)
 	r.flight.addTo(&s)
+	s.SharedHits, s.SharedKeys = r.core.held.counts()
+	r.mint.addTo(&s)
 	r.pool.addTo(&s)
 	r.ahead.addTo(&s)
 	s.OpenWaits, s.OpenWaited, s.LongestOpenWait = r.waits.read()

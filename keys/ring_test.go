@@ -177,7 +177,7 @@ func TestForgetAndClose(t *testing.T) {
 	before := crypt.LiveKeys()
 	f := newFake()
 	h := newHeader(t, f, arnA)
-	r := NewRing(RingOptions{Volume: testVolume, Trusted: []string{arnA}, Provider: f})
+	r := NewRing(RingOptions{Volume: testVolume, Shared: shared, Trusted: []string{arnA}, Provider: f})
 	require.NoError(t, open(t, r, h))
 	fresh, err := r.Fresh(context.Background())
 	require.NoError(t, err)
@@ -233,7 +233,7 @@ func TestReadOnlyWorkMakesNoKeys(t *testing.T) {
 			headers = append(headers, newHeader(t, f, arnA))
 		}
 		f.calls = nil
-		r := NewRing(RingOptions{Volume: testVolume, Trusted: []string{arnA}, Provider: f})
+		r := NewRing(RingOptions{Volume: testVolume, Shared: shared, Trusted: []string{arnA}, Provider: f})
 		defer r.Close()
 		for _, h := range headers {
 			require.NoError(t, open(t, r, h))

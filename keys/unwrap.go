@@ -13,15 +13,16 @@ import (
 )
 
 // opened is a data key that was proved to be the one a header commits to, and
-// the trusted key that opened it.
+// the copy that opened.
 type opened struct {
 	secrets *crypt.Secrets
-	key     string
+	from    candidate
+	born    time.Time // when the key service gave it, or the intermediate key it comes from
 }
 
 func (o opened) clone() (opened, error) {
 	s, err := o.secrets.Clone()
-	return opened{s, o.key}, err
+	return opened{s, o.from, o.born}, err
 }
 
 // An opener turns a header into its data key. The ring's decorators are openers
@@ -52,6 +53,8 @@ type wrapper struct {
 	provider  Provider
 	volume    crypt.VolumeID
 	blockLog2 uint8
+	shared    bool              // the volume's data keys are derived from intermediate keys
+	held      *memo[*crypt.Key] // intermediate keys
 
 	mu      sync.Mutex
 	trusted []string             // guarded by mu; never changed in place; the order is the client's preference
@@ -62,7 +65,7 @@ type wrapper struct {
 
 func newWrapper(p Provider, volume crypt.VolumeID, blockLog2 uint8, trusted []string) *wrapper {
 	return &wrapper{provider: p, volume: volume, blockLog2: blockLog2,
-		trusted: append([]string(nil), trusted...), outages: map[string]time.Time{},
+		trusted: append([]string(nil), trusted...), outages: map[string]time.Time{}, held: newKeyMemo(0, 0),
 		leases: newLeases(p, volume, defaultDeadline)}
 }
 
@@ -70,6 +73,14 @@ func (w *wrapper) keys() []string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.trusted
+}
+
+// first is the key for new data keys, for messages.
+func (w *wrapper) first() string {
+	if keys := w.keys(); len(keys) > 0 {
+		return keys[0]
+	}
+	return "no key"
 }
 
 func (w *wrapper) setTrusted(keys []string) {
@@ -119,6 +130,9 @@ func (w *wrapper) check(h *crypt.Header) ([]candidate, error) {
 	if h.BlockLog2 != w.blockLog2 {
 		return nil, fmt.Errorf("the header says blocks of %d bytes, the volume has %d: %w", h.BlockSize(), 1<<w.blockLog2, crypt.ErrDamaged)
 	}
+	if h.Use == crypt.UseFile && h.Shared != w.shared {
+		return nil, fmt.Errorf("the header is one of a volume with another envelope: %w", crypt.ErrDamaged)
+	}
 	c := candidates(w.keys(), h)
 	if len(c) == 0 {
 		names := make([]string, len(h.Copies))
@@ -147,10 +161,10 @@ func (w *wrapper) open(ctx context.Context, h *crypt.Header) (opened, error) {
 	said := make([]error, len(list))
 	for tried, i := range w.turns(list) {
 		c := list[i]
-		s, err := w.openCopy(ctx, h, c, len(list)-tried)
+		o, err := w.openCopy(ctx, h, c, len(list)-tried)
 		if err == nil {
-			s.SetUnder(governing(list))
-			return opened{s, c.key}, nil
+			o.secrets.SetUnder(governing(list))
+			return o, nil
 		}
 		said[i] = err
 		kind := kindOf(err)
@@ -211,24 +225,52 @@ func verdict(said []error) (v error) {
 }
 
 // openCopy unwraps one copy and proves it against the commitment.
-func (w *wrapper) openCopy(ctx context.Context, h *crypt.Header, c candidate, left int) (*crypt.Secrets, error) {
+func (w *wrapper) openCopy(ctx context.Context, h *crypt.Header, c candidate, left int) (opened, error) {
 	ctx, cancel := context.WithTimeout(ctx, w.budget(ctx, c.key, left))
 	defer cancel()
+	k, born, err := w.unwrap(ctx, h, c)
+	if err != nil {
+		return opened{}, err
+	}
+	defer k.Wipe()
+	s, err := crypt.Unlock(h.Identity, k)
+	if err != nil {
+		return opened{}, newError(KindBadBlob, opDecrypt, c.key, err)
+	}
+	return opened{s, c, born}, nil
+}
+
+// unwrap is what a copy holds, and since when that is known: if other files share it,
+// perhaps from memory. The caller wipes it.
+func (w *wrapper) unwrap(ctx context.Context, h *crypt.Header, c candidate) (*crypt.Key, time.Time, error) {
+	request := func() (*crypt.Key, error) { return w.decrypt(ctx, h, c) }
+	if !h.Shared {
+		k, err := request()
+		return k, time.Now(), err
+	}
+	a := ask{op: opDecrypt, key: c.key, id: h.Wrapped(), blob: string(c.blob)}
+	w.wipeEnded(c.key) // the key service may still say yes, so it must be asked
+	k, born, err := w.held.get(ctx, a, request)
+	w.wipeEnded(c.key) // it may have ended while the answer was on its way
+	return k, born, err
+}
+
+// wipeEnded forgets the intermediate keys that a key has opened, if its lease has ended.
+func (w *wrapper) wipeEnded(key string) {
+	if w.leases.ended([]string{key}) != nil {
+		w.held.drop(func(a ask) bool { return a.key == key })
+	}
+}
+
+// decrypt asks the key service.
+func (w *wrapper) decrypt(ctx context.Context, h *crypt.Header, c candidate) (*crypt.Key, error) {
 	start, ec := time.Now(), h.EncryptionContext(w.volume)
 	k, err := w.provider.Decrypt(ctx, c.key, ec, c.blob)
 	if err == nil || !isAhead(ctx) { // one attempt says little of a service
 		w.remember(c.key, err)
 	}
 	w.leases.heard(opDecrypt, c.key, witness{ec, c.blob}, start, err)
-	if err != nil {
-		return nil, err
-	}
-	defer k.Wipe()
-	s, err := crypt.Unlock(h.Identity, k)
-	if err != nil {
-		return nil, newError(KindBadBlob, opDecrypt, c.key, err)
-	}
-	return s, nil
+	return k, err
 }
 
 // budget is how long one of the copies left to try may take: most of the time
@@ -265,25 +307,36 @@ func (w *wrapper) remember(key string, err error) {
 // make implements maker: file id and data key together, so that the encryption
 // context is right, under the first trusted key.
 func (w *wrapper) make(ctx context.Context, use crypt.Use) (*crypt.Fresh, error) {
-	trusted := w.keys()
-	if len(trusted) == 0 {
-		return nil, newError(KindRejected, opGenerate, "no key", errors.New("this client trusts no key for this volume"))
-	}
 	id, err := crypt.NewIdentity(w.volume, use, w.blockLog2)
 	if err != nil {
 		return nil, err
 	}
-	start, ec := time.Now(), id.EncryptionContext(w.volume)
-	k, blob, err := w.provider.GenerateDataKey(ctx, trusted[0], ec)
-	w.leases.heard(opGenerate, trusted[0], witness{ec, blob}, start, err)
+	k, c, err := w.generate(ctx, &id)
 	if err != nil {
 		return nil, err
 	}
 	defer k.Wipe()
-	s, err := crypt.Commit(&id, k)
+	return newFresh(id, k, c)
+}
+
+// generate makes the key that id names, under the first trusted key. The caller wipes it.
+func (w *wrapper) generate(ctx context.Context, id *crypt.Identity) (*crypt.Key, crypt.Copy, error) {
+	trusted := w.keys()
+	if len(trusted) == 0 {
+		return nil, crypt.Copy{}, newError(KindRejected, opGenerate, "no key", errors.New("this client trusts no key for this volume"))
+	}
+	start, ec := time.Now(), id.EncryptionContext(w.volume)
+	k, blob, err := w.provider.GenerateDataKey(ctx, trusted[0], ec)
+	w.leases.heard(opGenerate, trusted[0], witness{ec, blob}, start, err)
+	return k, crypt.Copy{Key: trusted[0], Blob: blob}, err
+}
+
+// newFresh makes a new file's key and header of what its only copy holds.
+func newFresh(id crypt.Identity, held *crypt.Key, c crypt.Copy) (*crypt.Fresh, error) {
+	s, err := crypt.Commit(&id, held)
 	if err != nil {
 		return nil, fmt.Errorf("committing to a fresh data key: %w", err)
 	}
-	s.SetUnder(trusted[:1:1])
-	return &crypt.Fresh{Header: &crypt.Header{Identity: id, Copies: []crypt.Copy{{Key: trusted[0], Blob: blob}}}, Secrets: s}, nil
+	s.SetUnder([]string{c.Key})
+	return &crypt.Fresh{Header: &crypt.Header{Identity: id, Copies: []crypt.Copy{c}}, Secrets: s}, nil
 }

@@ -226,13 +226,9 @@ func (j *job) rewrap(ctx context.Context, h *crypt.Header, from source) (c crypt
 	if j.relabels(from) {
 		return crypt.Copy{Key: j.o.Key, Blob: exact(h, from.label).Blob}, nil
 	}
-	route, err := j.rw.Route(from.key, j.o.Key)
-	if err != nil {
-		return c, err
-	}
 	only := h.Clone() // two labels may mean one key: leave no choice of the copy
 	only.Copies = []crypt.Copy{*exact(h, from.label)}
-	err = j.ask(route.Calls, func() error {
+	err = j.ask(func() error {
 		c, err = j.rw.Rewrap(ctx, only, from.key, j.o.Key)
 		return err
 	})
@@ -244,7 +240,7 @@ func (j *job) rewrap(ctx context.Context, h *crypt.Header, from source) (c crypt
 
 // verify decrypts the copy under the new key.
 func (j *job) verify(ctx context.Context, h *crypt.Header) error {
-	err := j.ask(billed(j.o.Key), func() error { return j.rw.Verify(ctx, h, j.o.Key) })
+	err := j.ask(func() error { return j.rw.Verify(ctx, h, j.o.Key) })
 	if err != nil {
 		return fmt.Errorf("verifying its copy under %s: %w", j.o.Key, err)
 	}
@@ -268,7 +264,7 @@ func (j *job) proveOne(ctx context.Context, h *crypt.Header, from []source) (sou
 	for _, s := range from {
 		only := h.Clone()
 		only.Copies = []crypt.Copy{*exact(h, s.label)}
-		err := j.ask(billed(s.key), func() error { return test(ctx, only, s.key) })
+		err := j.ask(func() error { return test(ctx, only, s.key) })
 		if err == nil {
 			return s, nil
 		}
@@ -279,10 +275,8 @@ func (j *job) proveOne(ctx context.Context, h *crypt.Header, from []source) (sou
 	return source{}, first
 }
 
-// ask counts what is asked of the key service, and its refusals in a row: a copy that
-// is damaged is not one.
-func (j *job) ask(calls int, f func() error) error {
-	j.calls.Add(int64(calls))
+// ask counts refusals of the key service in a row: a copy that is damaged is not one.
+func (j *job) ask(f func() error) error {
 	err := f()
 	switch {
 	case err == nil:

@@ -76,12 +76,15 @@ type Rewrapper interface {
 	Verify(ctx context.Context, h *crypt.Header, key string) error
 	// Prove is Verify for who may not decrypt: then ReEncrypt to the same key.
 	Prove(ctx context.Context, h *crypt.Header, key string) error
+	// Calls is how many requests were sent so far that the key service bills. Headers
+	// that share what their copies hold may have one in common.
+	Calls() int
 }
 
 // A Route is how a copy gets from one key to another.
 type Route struct {
 	Name      string `json:"name"`      // "ReEncrypt", "Decrypt + Encrypt", ...
-	Calls     int    `json:"calls"`     // billed requests per file
+	Calls     int    `json:"calls"`     // billed requests per wrapped key
 	Plaintext bool   `json:"plaintext"` // the data key passes through this process
 }
 
@@ -150,6 +153,7 @@ type PlanRoute struct {
 	From string `json:"from"`
 	Route
 	Files int `json:"files"`
+	Keys  int `json:"keys"` // wrapped keys: one a file, or one for many in a volume whose envelope is shared
 }
 
 // pricePerCall: AWS KMS bills $0.03 for 10,000 symmetric requests.

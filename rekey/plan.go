@@ -16,7 +16,8 @@ func (j *job) plan(ctx context.Context) (Plan, error) {
 	t, links := newTally(), new(linksSeen)
 	var mu sync.Mutex
 	from := map[string]int{} // headers to change, by the key that is worked from
-	verify := 0              // headers that are only verified
+	change := newDistinct()  // what their copies hold, by that key
+	verify := newDistinct()  // what is only verified
 	err := j.each(ctx, j.walk, func(_ context.Context, it *volume.Item) error {
 		f := find(j.tree, links, it, false)
 		if f.out == "" {
@@ -27,8 +28,9 @@ func (j *job) plan(ctx context.Context) (Plan, error) {
 			case f.again:
 			case f.out == "":
 				from[j.way(e)]++
+				change.add(j.way(e), f.h, e.from[0].label)
 			case f.out == Already && j.verifies(f.h):
-				verify++
+				verify.add(j.o.Key, f.h, j.o.Key)
 			}
 			mu.Unlock()
 			if f.empty && f.out != "" {
@@ -43,8 +45,8 @@ func (j *job) plan(ctx context.Context) (Plan, error) {
 	if err != nil {
 		return p, err
 	}
-	p.Calls = verify * billed(j.o.Key)
-	return p, j.price(&p, from)
+	p.Calls = verify.n[j.o.Key] * billed(j.o.Key)
+	return p, j.price(&p, from, change.n)
 }
 
 // way names the key that an edit works from: the client's name, or the label of a
@@ -62,15 +64,15 @@ func (j *job) verifies(h *crypt.Header) bool {
 }
 
 // price fills in routes, calls and price.
-func (j *job) price(p *Plan, from map[string]int) error {
+func (j *job) price(p *Plan, from, keys map[string]int) error {
 	for _, key := range slices.Sorted(maps.Keys(from)) {
 		route, err := j.route(key)
 		if err != nil {
 			return fmt.Errorf("moving from %s to %s: %w", key, j.o.Key, err)
 		}
-		p.Routes = append(p.Routes, PlanRoute{From: key, Route: route, Files: from[key]})
+		p.Routes = append(p.Routes, PlanRoute{From: key, Route: route, Files: from[key], Keys: keys[key]})
 		p.Change += from[key]
-		p.Calls += from[key] * route.Calls
+		p.Calls += keys[key] * route.Calls
 	}
 	if j.o.Shard.whole() {
 		p.Calls += j.volumeCalls()

@@ -274,7 +274,7 @@ func (j *job) proveNew(ctx context.Context, h *crypt.Header, from source) error 
 	}
 	only := h.Clone()
 	only.Copies = []crypt.Copy{*exact(h, j.o.Key)}
-	err = j.ask(billed(j.o.Key), func() error { return test(ctx, only, j.o.Key) })
+	err = j.ask(func() error { return test(ctx, only, j.o.Key) })
 	if err != nil {
 		return fmt.Errorf("opening the volume key under %s: %w", j.o.Key, err)
 	}

@@ -32,6 +32,7 @@ type vault struct {
 	calls map[crypt.FileID]int  // rewraps
 	tests map[crypt.FileID]int  // verifies and proofs
 	asked map[string]int        // by the name of the source that was called
+	bill  int                   // all of these but verifies and proofs under local keys
 	fail  func(h *crypt.Header) error
 	size  int // length of a ticket under newKey; 0 = as the others
 }
@@ -78,6 +79,7 @@ func (v *vault) Rewrap(_ context.Context, h *crypt.Header, from, to string) (cry
 	defer v.mu.Unlock()
 	v.calls[h.File]++
 	v.asked[from]++
+	v.bill++
 	if v.fail != nil {
 		if err := v.fail(h); err != nil {
 			return crypt.Copy{}, err
@@ -129,11 +131,19 @@ func (v *vault) Prove(ctx context.Context, h *crypt.Header, key string) error {
 	return v.Verify(ctx, h, key)
 }
 
+// Calls implements Rewrapper.
+func (v *vault) Calls() int {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.bill
+}
+
 func (v *vault) note(h *crypt.Header, key string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.tests[h.File]++
 	v.asked[key]++
+	v.bill += billed(key)
 }
 
 func (s *stage) header(use crypt.Use, keys ...string) (*crypt.Header, *crypt.Secrets) {
@@ -756,7 +766,7 @@ func TestLabelDoesNotChooseTheRegion(t *testing.T) {
 			require.NoError(t, err)
 			require.True(t, r.Done)
 			require.Equal(t, map[string]int{mrkEast: 3}, s.vault.asked)
-			require.Equal(t, []PlanRoute{{From: mrkEast, Route: r.Plan.Routes[0].Route, Files: 2}}, r.Plan.Routes)
+			require.Equal(t, []PlanRoute{{From: mrkEast, Route: r.Plan.Routes[0].Route, Files: 2, Keys: 2}}, r.Plan.Routes)
 			s.moved("b")
 			s.closed()
 		})

@@ -39,7 +39,6 @@ type job struct {
 	heard    Watch        // since the beginning of the last pass; nil before the first
 	told     bool         // the mount that is heard has adopted the key list
 	fitted   atomic.Int64 // size of the largest header that was set on a file without other attributes
-	calls    atomic.Int64
 	verified atomic.Int64
 	failures atomic.Int64 // refusals of the key service since its last success
 
@@ -74,7 +73,8 @@ func Run(ctx context.Context, v *volume.Volume, rw Rewrapper, o Options) (Report
 
 func run(ctx context.Context, t tree, rw Rewrapper, o Options) (r Report, err error) {
 	j := newJob(t, rw, o)
-	defer func() { r.Calls, r.Verified = int(j.calls.Load()), int(j.verified.Load()) }()
+	before := rw.Calls()
+	defer func() { r.Calls, r.Verified = rw.Calls()-before, int(j.verified.Load()) }()
 	if err := j.resolve(); err != nil {
 		return r, err
 	}

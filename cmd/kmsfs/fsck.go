@@ -303,11 +303,11 @@ func (p *program) openForFsck(ctx context.Context, v *volume.Volume, provider ke
 // its turn counts here; how long KMS may be silent is kms.deadline, as ever.
 const fsckPatience = 30 * time.Minute
 
-// fsckRing opens each data key once, so it remembers none.
+// fsckRing opens each data key once, so it remembers none; intermediate keys it does.
 func (p *program) fsckRing(provider keys.Provider, v *volume.Volume, trusted []string) *keys.Ring {
 	s := v.Settings()
 	return keys.NewRing(keys.RingOptions{
-		Volume: s.ID, BlockLog2: s.BlockLog2(), Trusted: trusted, Provider: provider,
+		Volume: s.ID, BlockLog2: s.BlockLog2(), Shared: s.Shared, Trusted: trusted, Provider: provider,
 		Deadline: fsckPatience, CacheKeys: -1, PoolSize: -1,
 	})
 }

@@ -19,6 +19,7 @@ const defaultKey = crypt.LocalPrefix + "default"
 type initFlags struct {
 	keys      []string
 	names     string
+	envelope  string
 	blockSize int
 }
 
@@ -33,7 +34,11 @@ of new files; every --key can open the volume. Without --key, and without keys i
 the configuration, the local key local:default is made and used; then whoever
 copies its file can read the data, and losing the file loses the data.
 
-Names of files are encrypted unless --names plain. Neither can be changed later.` + statuses(0, 1, 3, 4),
+Names of files are encrypted unless --names plain. With --envelope shared the copies
+in headers hold intermediate keys, from which the data keys of up to 4096 files are
+derived: one KMS request then opens them all, and a rekey asks once for each, at the
+price that KMS logs and grants so many files at once, and that whoever learns an
+intermediate key can read them (SECURITY.md). None of this can be changed later.` + statuses(0, 1, 3, 4),
 		Args: exactly(1, "DIR"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			f.fill(cmd, p.cfg.Init)
@@ -42,6 +47,7 @@ Names of files are encrypted unless --names plain. Neither can be changed later.
 	}
 	cmd.Flags().StringArrayVar(&f.keys, "key", nil, "wrap data keys with `KEY`; may be repeated")
 	cmd.Flags().StringVar(&f.names, "names", "encrypted", "how names of files are stored: `encrypted|plain`")
+	cmd.Flags().StringVar(&f.envelope, "envelope", "per-file", "what KMS wraps, a data key for each file or one for many: `per-file|shared`")
 	cmd.Flags().IntVar(&f.blockSize, "block-size", crypt.DefaultBlockSize, "bytes sealed together, a power of two from 4096 to 65536: `N`")
 	return cmd
 }
@@ -53,6 +59,9 @@ func (f *initFlags) fill(cmd *cobra.Command, c config.Init) {
 	if !cmd.Flags().Changed("names") {
 		f.names = c.Names
 	}
+	if !cmd.Flags().Changed("envelope") {
+		f.envelope = c.Envelope
+	}
 	if !cmd.Flags().Changed("block-size") {
 		f.blockSize = c.BlockSize
 	}
@@ -61,6 +70,9 @@ func (f *initFlags) fill(cmd *cobra.Command, c config.Init) {
 func (f *initFlags) check() error {
 	if f.names != string(volume.NamesEncrypted) && f.names != string(volume.NamesPlain) {
 		return usage("--names is encrypted or plain, not %q", f.names)
+	}
+	if f.envelope != string(volume.EnvelopePerFile) && f.envelope != string(volume.EnvelopeShared) {
+		return usage("--envelope is per-file or shared, not %q", f.envelope)
 	}
 	if n := f.blockSize; n < crypt.MinBlockSize || n > crypt.MaxBlockSize || n&(n-1) != 0 {
 		return usage("--block-size is a power of two from %d to %d, not %d", crypt.MinBlockSize, crypt.MaxBlockSize, n)
@@ -91,8 +103,8 @@ func (p *program) init(ctx context.Context, dir string, f initFlags) error {
 	if err != nil {
 		return err
 	}
-	s := volume.Settings{Format: volume.Format, BlockSize: f.blockSize, Names: volume.NamesMode(f.names), Keys: names}
-	fresh, err := p.newVolumeKey(ctx, provider, s.BlockLog2(), names)
+	s := volume.Settings{Format: volume.Format, BlockSize: f.blockSize, Names: volume.NamesMode(f.names), Shared: f.envelope == string(volume.EnvelopeShared), Keys: names}
+	fresh, err := p.newVolumeKey(ctx, provider, s)
 	if err != nil {
 		return err
 	}
@@ -144,7 +156,7 @@ func (p *program) initDone(dir string, s volume.Settings, h *crypt.Header) error
 	if err := pinNew(claimMade(at, s, h)); err != nil {
 		return err
 	}
-	p.say("made %s a kmsfs volume (id %s, names %s, block size %d)", dir, s.ID, s.Names, s.BlockSize)
+	p.say("made %s a kmsfs volume (id %s, names %s, block size %d, envelope %s)", dir, s.ID, s.Names, s.BlockSize, s.Envelope())
 	for _, k := range s.Keys {
 		p.say("key: %s", k)
 	}

@@ -64,6 +64,8 @@ type inspection struct {
 	BlockSize  int              `json:"block_size"`
 	Volume     string           `json:"volume"`
 	FileID     string           `json:"file_id"`
+	Envelope   volume.Envelope  `json:"envelope"`
+	Shared     string           `json:"intermediate_id,omitempty"` // of a shared envelope
 	Commitment string           `json:"commitment"`
 	Copies     []inspectionCopy `json:"copies"`
 	Header     int              `json:"header_bytes"`
@@ -144,6 +146,10 @@ func show(file string, h *crypt.Header, size int) *inspection {
 		File: file, Use: h.Use.String(), Format: crypt.FormatVersion, Suite: crypt.SuiteAES256, BlockSize: h.BlockSize(),
 		Volume: h.Volume.String(), FileID: h.File.String(), Commitment: hex.EncodeToString(h.Commitment[:]), Header: size,
 	}
+	in.Envelope = volume.EnvelopePerFile
+	if h.Shared {
+		in.Envelope, in.Shared = volume.EnvelopeShared, h.Wrapped().File.String()
+	}
 	for _, c := range h.Copies {
 		in.Copies = append(in.Copies, inspectionCopy{Key: c.Key, Bytes: len(c.Blob)})
 	}
@@ -157,6 +163,9 @@ func (in *inspection) String() string {
 	fmt.Fprintf(&b, "  header      %d bytes, format %d, suite %d (AES-256-GCM), for a %s\n", in.Header, in.Format, in.Suite, in.Use)
 	fmt.Fprintf(&b, "  volume      %s\n", in.Volume)
 	fmt.Fprintf(&b, "  file id     %s\n", in.FileID)
+	if in.Shared != "" {
+		fmt.Fprintf(&b, "  envelope    shared, by the intermediate key %s\n", in.Shared)
+	}
 	fmt.Fprintf(&b, "  commitment  %s\n", in.Commitment)
 	fmt.Fprintf(&b, "  block size  %d\n", in.BlockSize)
 	if in.Plain != nil {

@@ -199,7 +199,9 @@ func (p *program) rekey(ctx context.Context, dir string, f rekeyFlags) error {
 		return err
 	}
 	show := &rekeyShow{program: p, flags: f, dir: dir, pacer: pacer}
-	report, err := rekey.Run(ctx, v, newRewrapper(provider, v.ID(), f.via), rekey.Options{
+	rewrapper := newRewrapper(provider, v.ID(), f.via)
+	defer rewrapper.Close()
+	report, err := rekey.Run(ctx, v, rewrapper, rekey.Options{
 		Action: f.action, Key: f.key, From: f.from, Trusted: d.Trusted, Jobs: f.jobs,
 		Verify: f.verify, DryRun: f.dryRun, Prepare: f.prepare, Shard: f.part,
 		Confirm: func(plan rekey.Plan) error { return show.confirm(plan, f.yes) },

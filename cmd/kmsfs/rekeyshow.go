@@ -49,7 +49,7 @@ func (s *rekeyShow) plan(plan rekey.Plan) {
 		s.say("  now under %s: %d", key, plan.Headers[key])
 	}
 	for _, r := range plan.Routes {
-		s.say("  %s: %d files, %s, %d KMS requests a file%s", r.From, r.Files, r.Name, r.Calls, plaintextNote(r.Plaintext))
+		s.say("  %s: %s%s", r.From, way(r), plaintextNote(r.Plaintext))
 	}
 	for what, n := range map[string]int{"without a valid header": plan.Bad, "under keys that this client does not trust": plan.Strange, "that can't be read, or not be decided about": plan.Failed} {
 		if n > 0 {
@@ -60,6 +60,13 @@ func (s *rekeyShow) plan(plan rekey.Plan) {
 		s.say("  of this, --prepare does only kmsfs.toml and the volume key now")
 	}
 	s.say("  KMS requests: %d, about $%.2f", plan.Calls, plan.Price)
+}
+
+func way(r rekey.PlanRoute) string {
+	if r.Keys == r.Files {
+		return fmt.Sprintf("%d files, %s, %d KMS requests a file", r.Files, r.Name, r.Calls)
+	}
+	return fmt.Sprintf("%d files under %d intermediate keys, %s, %d KMS requests for each of these", r.Files, r.Keys, r.Name, r.Calls)
 }
 
 func planned(plan rekey.Plan) string {

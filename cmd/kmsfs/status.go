@@ -48,6 +48,7 @@ type volumeReport struct {
 	Volume    string          `json:"volume"`
 	Format    int             `json:"format"`
 	Names     string          `json:"names"`
+	Envelope  volume.Envelope `json:"envelope"`
 	BlockSize int             `json:"block_size"`
 	Mounted   *volume.Holder  `json:"mounted,omitempty"`
 	Live      *leaseStatus    `json:"live,omitempty"` // what the mount says, if it can be asked
@@ -95,7 +96,7 @@ func (p *program) volumeStatus(ctx context.Context, dir string, asJSON bool) err
 		return err
 	}
 	s := v.Settings()
-	r := volumeReport{Dir: dir, Volume: s.ID.String(), Format: s.Format, Names: string(s.Names), BlockSize: s.BlockSize, Mounted: holder, Live: liveLeases(ctx, s.ID.String(), holder),
+	r := volumeReport{Dir: dir, Volume: s.ID.String(), Format: s.Format, Names: string(s.Names), Envelope: s.Envelope(), BlockSize: s.BlockSize, Mounted: holder, Live: liveLeases(ctx, s.ID.String(), holder),
 		Keys: keyReports(s.Keys, retired, census), Files: census.Files, Empty: census.Empty, NoHeader: census.Bad}
 	for _, q := range problems {
 		r.Problems = append(r.Problems, problemReport{q.Path, sentence(q.Err)})
@@ -137,7 +138,7 @@ func keyReports(listed, retired []string, c rekey.Census) (out []keyReport) {
 }
 
 func (p *program) showStatus(r volumeReport) {
-	p.say("%s: volume %s, format %d, %s names, blocks of %d bytes", r.Dir, r.Volume, r.Format, r.Names, r.BlockSize)
+	p.say("%s: volume %s, format %d, %s names, %s envelope, blocks of %d bytes", r.Dir, r.Volume, r.Format, r.Names, r.Envelope, r.BlockSize)
 	if r.Mounted != nil {
 		p.say("  in use by process %d on %s (%s)", r.Mounted.PID, r.Mounted.Host, r.Mounted.Owner)
 	}

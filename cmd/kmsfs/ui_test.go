@@ -103,7 +103,7 @@ func TestHelpNamesExitStatuses(t *testing.T) {
 // has none.
 func TestEveryFlagHasItsKey(t *testing.T) {
 	keyOf := map[string]string{
-		"init --key": "keys", "init --names": "names", "init --block-size": "block_size",
+		"init --key": "keys", "init --names": "names", "init --envelope": "envelope", "init --block-size": "block_size",
 		"mount --foreground": "foreground", "mount --read-only": "read_only", "mount --allow-other": "allow_other",
 		"mount --key": "keys", "mount --accept-new": "accept_new", "mount --accept-key": "accept_keys", "mount --log-file": "log_file",
 		"mount --lease": "lease", "mount --grace": "grace", "mount --idle-unmount": "idle_unmount", "mount --prefetch": "prefetch", "mount --no-recover": "no_recover",

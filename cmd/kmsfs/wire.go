@@ -45,11 +45,12 @@ func (p *program) pacedProvider(pacer *keys.Pacer) (keys.Provider, error) {
 	return keys.NewRouter(aws, local), nil
 }
 
-// ring opens and makes data keys of a volume under the trusted keys. pool is
-// whether fresh keys are fetched, and others decrypted, ahead.
-func (p *program) ring(provider keys.Provider, id crypt.VolumeID, blockLog2 uint8, trusted []string, pool bool) *keys.Ring {
+// ring opens and makes data keys of a volume, of which only ID, BlockSize and Shared
+// need be set, under the trusted keys. pool is whether fresh keys are
+// fetched, and others decrypted, ahead.
+func (p *program) ring(provider keys.Provider, s volume.Settings, trusted []string, pool bool) *keys.Ring {
 	o := keys.RingOptions{
-		Volume: id, BlockLog2: blockLog2, Trusted: trusted, Provider: provider,
+		Volume: s.ID, BlockLog2: s.BlockLog2(), Shared: s.Shared, Trusted: trusted, Provider: provider,
 		Deadline:  time.Duration(p.cfg.KMS.Deadline),
 		CacheKeys: p.cfg.KMS.CacheKeys,
 		CacheAge:  time.Duration(p.cfg.KMS.CacheAge),
@@ -64,8 +65,7 @@ func (p *program) ring(provider keys.Provider, id crypt.VolumeID, blockLog2 uint
 
 // ringOf is the ring of an open volume.
 func (p *program) ringOf(provider keys.Provider, v *volume.Volume, trusted []string, pool bool) *keys.Ring {
-	s := v.Settings()
-	return p.ring(provider, s.ID, s.BlockLog2(), trusted, pool)
+	return p.ring(provider, v.Settings(), trusted, pool)
 }
 
 // resolve makes key names of what a person wrote: an alias becomes the ARN of
@@ -101,13 +101,14 @@ func (p *program) checkKey(name string) error {
 	return nil
 }
 
-// newVolumeKey makes the key of a new volume, with a copy under each of names.
-func (p *program) newVolumeKey(ctx context.Context, provider keys.Provider, blockLog2 uint8, names []string) (*crypt.Fresh, error) {
-	var id crypt.VolumeID
-	if _, err := rand.Read(id[:]); err != nil {
+// newVolumeKey makes the key of a new volume, with a copy under each of its keys. The
+// volume's id is drawn here.
+func (p *program) newVolumeKey(ctx context.Context, provider keys.Provider, s volume.Settings) (*crypt.Fresh, error) {
+	if _, err := rand.Read(s.ID[:]); err != nil {
 		return nil, fmt.Errorf("drawing a volume id: %w", err)
 	}
-	ring := p.ring(provider, id, blockLog2, names[:1], false)
+	id, names := s.ID, s.Keys
+	ring := p.ring(provider, s, names[:1], false)
 	defer ring.Close()
 	f, err := ring.NewKey(ctx, crypt.UseVolume)
 	if err != nil {
@@ -127,7 +128,7 @@ func (p *program) newVolumeKey(ctx context.Context, provider keys.Provider, bloc
 // rewrapper gives package rekey what it needs of package keys.
 type rewrapper struct{ *keys.Rewrapper }
 
-func newRewrapper(provider keys.Provider, id crypt.VolumeID, via string) rekey.Rewrapper {
+func newRewrapper(provider keys.Provider, id crypt.VolumeID, via string) rewrapper {
 	return rewrapper{keys.NewRewrapperVia(provider, id, via)}
 }
 
