@@ -34,9 +34,18 @@ type leased struct {
 
 func newLeased(t *testing.T, grace string, keys ...string) *leased {
 	t.Helper()
+	return newLeasedIn(t, "per-file", grace, keys...)
+}
+
+// envelopes are what volumes may have. What hangs on the keys of open files is tested
+// with each.
+var envelopes = []string{"per-file", "shared"}
+
+func newLeasedIn(t *testing.T, envelope, grace string, keys ...string) *leased {
+	t.Helper()
 	e := harness.New(t)
 	kms := e.KMS()
-	args := []string{"--key", kms.NewKey()}
+	args := []string{"--envelope", envelope, "--key", kms.NewKey()}
 	for _, region := range keys {
 		args = append(args, "--key", kms.CreateKey(region))
 	}
@@ -118,10 +127,11 @@ func (l *leased) heals() {
 // and uncached files are closed within seconds, names are not, and enabling the key
 // heals it all.
 func TestDisablingAKeyClosesItsFiles(t *testing.T) {
-	for _, state := range []string{kmstest.Disabled, kmstest.PendingDeletion} {
-		t.Run(state, func(t *testing.T) {
+	for _, c := range [][]string{{kmstest.Disabled, "per-file"}, {kmstest.PendingDeletion, "per-file"}, {kmstest.Disabled, "shared"}} {
+		state, envelope := c[0], c[1]
+		t.Run(state+"/"+envelope, func(t *testing.T) {
 			t.Parallel()
-			l := newLeased(t, "15m")
+			l := newLeasedIn(t, envelope, "15m")
 			key := l.key(0)
 			l.kms.SetState(key, state)
 			start := time.Now()
@@ -279,7 +289,15 @@ func TestOtherKeysDenialChangesNothing(t *testing.T) {
 // TestRekeyMovesTheLease: after a rekey what is open depends on the new key alone.
 func TestRekeyMovesTheLease(t *testing.T) {
 	t.Parallel()
-	l := newLeased(t, "15m")
+	for _, envelope := range envelopes {
+		t.Run(envelope, func(t *testing.T) {
+			t.Parallel()
+			rekeyMovesTheLease(t, newLeasedIn(t, envelope, "15m"))
+		})
+	}
+}
+
+func rekeyMovesTheLease(t *testing.T, l *leased) {
 	old, next := l.key(0), l.kms.NewKey()
 	l.Env.Must("rekey", l.Dir, "--to", next, "--yes")
 	l.kms.SetState(old, kmstest.Disabled)
@@ -374,7 +392,16 @@ func TestSyncedRecordsOutliveTheKillSwitch(t *testing.T) {
 
 // TestLockOnAMount: kmsfs lock closes all without KMS having a say, and unlock asks it.
 func TestLockOnAMount(t *testing.T) {
-	l := newLeased(t, "15m")
+	t.Parallel()
+	for _, envelope := range envelopes {
+		t.Run(envelope, func(t *testing.T) {
+			t.Parallel()
+			lockOnAMount(t, newLeasedIn(t, envelope, "15m"))
+		})
+	}
+}
+
+func lockOnAMount(t *testing.T, l *leased) {
 	l.Env.Must("lock", l.Mnt)
 	require.ErrorIs(t, l.read(), unix.EKEYREVOKED)
 	require.ErrorIs(t, harness.Try(l.Path("closed"), unix.O_RDONLY, 0), unix.EKEYREVOKED)

@@ -18,10 +18,16 @@ import (
 // and deletes files. Nothing it wrote is lost, and after one more run nothing is
 // under the old key.
 func TestRekeyLive(t *testing.T) {
+	for _, envelope := range envelopes {
+		t.Run(envelope, func(t *testing.T) { rekeyLive(t, envelope) })
+	}
+}
+
+func rekeyLive(t *testing.T, envelope string) {
 	e := harness.New(t)
 	kms := e.KMS()
 	first, second := kms.NewKey(), kms.NewKey()
-	v := e.Init("volume", "--key", first)
+	v := e.Init("volume", "--key", first, "--envelope", envelope)
 	v.Mount()
 	tree := filepath.Join(harness.GOROOT(t), "src", "encoding")
 	e.Do("cp", "-a", tree, v.Path("tree"))

@@ -249,17 +249,7 @@ func (w *wrapper) unwrap(ctx context.Context, h *crypt.Header, c candidate) (*cr
 		return k, time.Now(), err
 	}
 	a := ask{op: opDecrypt, key: c.key, id: h.Wrapped(), blob: string(c.blob)}
-	w.wipeEnded(c.key) // the key service may still say yes, so it must be asked
-	k, born, err := w.held.get(ctx, a, request)
-	w.wipeEnded(c.key) // it may have ended while the answer was on its way
-	return k, born, err
-}
-
-// wipeEnded forgets the intermediate keys that a key has opened, if its lease has ended.
-func (w *wrapper) wipeEnded(key string) {
-	if w.leases.ended([]string{key}) != nil {
-		w.held.drop(func(a ask) bool { return a.key == key })
-	}
+	return w.held.get(ctx, a, request) // where nothing is whose lease has ended
 }
 
 // decrypt asks the key service.
