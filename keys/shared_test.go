@@ -224,6 +224,42 @@ func TestSharedKeyUnderAnEndedLease(t *testing.T) {
 	}, arnA)
 }
 
+// TestLockedRingMakesNoIntermediateKey: nor does one stay that was asked for past the pool.
+func TestLockedRingMakesNoIntermediateKey(t *testing.T) {
+	sharedTest(t, func(t *testing.T, f *fake, r *Ring) {
+		live := crypt.LiveKeys()
+		r.Lock()
+		_, err := r.NewKey(context.Background(), crypt.UseFile)
+		require.ErrorIs(t, err, crypt.ErrKeyDisabled)
+		require.Equal(t, live, crypt.LiveKeys())
+		r.Unlock()
+		k, err := r.NewKey(context.Background(), crypt.UseFile)
+		require.NoError(t, err)
+		wipeFresh(k)
+	})
+}
+
+// TestDroppedFetchEnds: a call for an intermediate key that nobody wants any more is given
+// up at once.
+func TestDroppedFetchEnds(t *testing.T) {
+	sharedTest(t, func(t *testing.T, f *fake, r *Ring) {
+		ended := 0
+		f.before = func(ctx context.Context, op, key string) error {
+			<-ctx.Done()
+			ended++
+			f.before = nil
+			return contextError(ctx, op, key)
+		}
+		go func() { wipeFresh(take(t, r)) }()
+		synctest.Wait()
+		start := time.Now()
+		r.Forget()
+		synctest.Wait()
+		require.Equal(t, 1, ended)
+		require.Equal(t, start, time.Now())
+	})
+}
+
 // TestOtherSharedKeys: the id alone opens nothing from memory. A blob of another
 // intermediate key, of another volume, under another key, or of none, is sent to the key
 // service, which refuses it; and a header whose id was edited asks for what it says.

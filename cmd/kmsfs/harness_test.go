@@ -133,13 +133,19 @@ func (c *client) bad(status int, says []string, args ...string) result {
 // volume makes a volume under local:default, or under keys, and a mountpoint.
 func (c *client) volume(keys ...string) (dir, point string) {
 	c.t.Helper()
-	dir, point = c.path("vol"), c.path("mnt")
-	require.NoError(c.t, os.MkdirAll(point, 0o755))
-	args := []string{"init", dir}
+	var args []string
 	for _, k := range keys {
 		args = append(args, "--key", k)
 	}
-	c.ok(args...)
+	return c.volumeWith(args...)
+}
+
+// volumeWith takes what kmsfs init takes.
+func (c *client) volumeWith(args ...string) (dir, point string) {
+	c.t.Helper()
+	dir, point = c.path("vol"), c.path("mnt")
+	require.NoError(c.t, os.MkdirAll(point, 0o755))
+	c.ok(append([]string{"init", dir}, args...)...)
 	return dir, point
 }
 

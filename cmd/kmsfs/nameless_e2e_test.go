@@ -32,8 +32,14 @@ func linkTo(f *os.File, path string) error {
 // A file that had no name during a rekey gets one afterwards, and reads back when
 // the old key is gone.
 func TestRekeyReachesWhatHasNoName(t *testing.T) {
+	for _, envelope := range []string{"per-file", "shared"} {
+		t.Run(envelope, func(t *testing.T) { rekeyReachesWhatHasNoName(t, envelope) })
+	}
+}
+
+func rekeyReachesWhatHasNoName(t *testing.T, envelope string) {
 	c := newClient(t)
-	dir, point := c.volume()
+	dir, point := c.volumeWith("--envelope", envelope)
 	c.ok("key", "create", "next")
 	c.ok("key", "create", "last")
 	c.mount(dir, point)
