@@ -250,13 +250,19 @@ func TestDroppedFetchEnds(t *testing.T) {
 			f.before = nil
 			return contextError(ctx, op, key)
 		}
-		go func() { wipeFresh(take(t, r)) }()
+		got := make(chan *crypt.Fresh)
+		go func() {
+			k, err := r.Fresh(context.Background())
+			require.NoError(t, err)
+			got <- k
+		}()
 		synctest.Wait()
 		start := time.Now()
 		r.Forget()
 		synctest.Wait()
 		require.Equal(t, 1, ended)
 		require.Equal(t, start, time.Now())
+		wipeFresh(<-got)
 	})
 }
 
