@@ -18,7 +18,8 @@
 // (what each failure means). The ring is built of decorators, one file each:
 // flight.go makes concurrent calls for the same header one, cache.go remembers
 // what was opened, ahead.go opens what is likely to be asked for next, pool.go
-// fetches fresh keys ahead, counted.go counts. pace.go
-// finds how fast a job over a whole volume may call KMS. lease.go is what becomes of
-// data keys when their KMS key is disabled or can't be reached, leases.go asks.
+// fetches fresh keys ahead, counted.go counts. Where files share intermediate keys,
+// mint.go makes data keys from one, and memo.go remembers them. pace.go finds how fast
+// a job over a whole volume may call KMS. lease.go is what becomes of data keys when
+// their KMS key is disabled or can't be reached, leases.go asks.
 package keys
