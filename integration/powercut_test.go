@@ -122,7 +122,7 @@ func TestPowerCutTail(t *testing.T) {
 			_, err = f.Write(want[100:])
 			require.NoError(t, err)
 			require.NoError(t, syncRange(f)) // it is with the daemon now
-			createSynced(t, v.Path("other"))  // commits the journal
+			createSynced(t, v.Path("other")) // commits the journal
 			s.cut(v)
 			f.Close()
 			v.Mount(tt.next...)
