@@ -209,7 +209,9 @@ func (f *flight) guess(id string, h *crypt.Header) (c *flightCall, mine bool) {
 	if f.calls[id] != nil || f.base.Err() != nil {
 		return nil, false
 	}
-	return f.startLocked(id, h, true), true
+	c = f.prepareLocked(id, h, true)
+	go c.run()
+	return c, true
 }
 
 // has reports whether an identity is remembered. It is not a use.

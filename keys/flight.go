@@ -13,7 +13,9 @@ import (
 // call belongs to no caller: one who is interrupted leaves at once, the call
 // goes on under its own deadline, and the others (or the cache beneath) get the
 // result. Headers that differ in any byte fly apart, so that a freshly rekeyed
-// header never shares the failure of the old one.
+// header never shares the failure of the old one. Only what local keys open is opened
+// by its caller: nothing is waited for, and handing it to another thread and back costs
+// more than the whole of it.
 type flight struct {
 	next     opener
 	base     context.Context // ends with the ring
@@ -26,6 +28,7 @@ type flight struct {
 
 type flightCall struct {
 	done    chan struct{} // closed when result and err are set
+	run     func()        // the call itself; set before it starts
 	tries   *attempts     // set before the call starts
 	ahead   bool          // a guess: its failure is nobody's
 	waiters int           // guarded by flight.mu; who still wants the result
@@ -47,7 +50,14 @@ func (f *flight) open(ctx context.Context, h *crypt.Header) (opened, error) {
 		return opened{}, fmt.Errorf("a header that can't be stored: %v: %w", err, crypt.ErrDamaged)
 	}
 	for {
-		c := f.join(string(raw), h)
+		c, started := f.join(string(raw), h)
+		switch {
+		case started && onlyLocal(h):
+			c.run()
+			return f.landed(c)
+		case started:
+			go c.run()
+		}
 		o, err := f.wait(ctx, c, h)
 		if err == nil || !c.ahead || ctx.Err() != nil || f.base.Err() != nil {
 			return o, err
@@ -61,35 +71,58 @@ func (f *flight) wait(ctx context.Context, c *flightCall, h *crypt.Header) (open
 	defer f.leave(c)
 	select {
 	case <-c.done:
-		if c.err != nil {
-			return opened{}, c.err
-		}
-		return c.result.clone()
+		return c.outcome()
 	case <-ctx.Done():
 		return opened{}, c.tries.left(contextError(ctx, opDecrypt, h.Copies[0].Key))
 	}
 }
 
-func (f *flight) join(id string, h *crypt.Header) *flightCall {
+// landed is what came of a call that has ended.
+func (f *flight) landed(c *flightCall) (opened, error) {
+	defer f.leave(c)
+	return c.outcome()
+}
+
+// outcome is to be asked for when done is closed.
+func (c *flightCall) outcome() (opened, error) {
+	if c.err != nil {
+		return opened{}, c.err
+	}
+	return c.result.clone()
+}
+
+// onlyLocal is whether no copy of a header needs a network.
+func onlyLocal(h *crypt.Header) bool {
+	for i := range h.Copies {
+		if !IsLocal(h.Copies[i].Key) {
+			return false
+		}
+	}
+	return true
+}
+
+// join finds the call for a header, or prepares it, and then the caller has to run it.
+func (f *flight) join(id string, h *crypt.Header) (c *flightCall, started bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if c := f.calls[id]; c != nil {
 		c.waiters++
 		f.joined++
-		return c
+		return c, false
 	}
-	return f.startLocked(id, h, false)
+	return f.prepareLocked(id, h, false), true
 }
 
-// startLocked makes a call with one waiter. ahead is whether it is a guess.
-func (f *flight) startLocked(id string, h *crypt.Header, ahead bool) *flightCall {
+// prepareLocked makes a call with one waiter. ahead is whether it is a guess.
+func (f *flight) prepareLocked(id string, h *crypt.Header, ahead bool) *flightCall {
 	base, tries := withAttempts(f.base)
 	if ahead {
 		base = withAhead(base)
 	}
 	c := &flightCall{done: make(chan struct{}), tries: tries, ahead: ahead, waiters: 1}
 	f.calls[id] = c
-	go f.run(base, id, c, h.Clone())
+	own := h.Clone()
+	c.run = func() { f.run(base, id, c, own) }
 	return c
 }
 

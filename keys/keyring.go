@@ -9,7 +9,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -277,24 +276,33 @@ func checkKeyring(dir string) error {
 // readPrivate reads a small file that belongs to us (or root) alone.
 func readPrivate(path string) ([]byte, error) {
 	// O_NONBLOCK: a FIFO planted under the name must not hang a mount.
-	r, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, err
+	// It is read for each use, so without package os, which asks epoll about it.
+	fd, err := -1, error(syscall.EINTR)
+	for err == syscall.EINTR {
+		fd, err = syscall.Open(path, syscall.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
 	}
-	defer r.Close()
-	st, err := r.Stat()
 	if err != nil {
-		return nil, err
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	sys, ok := st.Sys().(*syscall.Stat_t)
-	owned := ok && (int(sys.Uid) == os.Geteuid() || sys.Uid == 0)
-	if !st.Mode().IsRegular() || st.Mode().Perm()&0o077 != 0 || !owned {
+	defer syscall.Close(fd)
+	var st syscall.Stat_t
+	if err := syscall.Fstat(fd, &st); err != nil {
+		return nil, &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	owned := int(st.Uid) == os.Geteuid() || st.Uid == 0
+	if st.Mode&syscall.S_IFMT != syscall.S_IFREG || st.Mode&0o077 != 0 || !owned {
 		return nil, fmt.Errorf("the key file %s: %w", path, errExposed)
 	}
 	buf := make([]byte, maxKeyFile)
-	n, err := io.ReadFull(r, buf)
-	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
-		return buf, err
+	for n := 0; ; {
+		more, err := syscall.Pread(fd, buf[n:], int64(n))
+		switch {
+		case err == syscall.EINTR:
+		case err != nil:
+			return buf, &os.PathError{Op: "read", Path: path, Err: err}
+		case more == 0 || n+more == int(st.Size) || n+more == len(buf):
+			return buf[:n+more], nil
+		}
+		n += max(more, 0)
 	}
-	return buf[:n], nil
 }

@@ -87,11 +87,14 @@ func newPool(base context.Context, next maker, current func() string, max int, d
 
 // take returns a fresh key, waiting for one as long as ctx allows.
 func (p *pool) take(ctx context.Context) (*crypt.Fresh, error) {
-	w, r, ok := p.enter(time.Now())
-	if ok {
+	w, fetch, r := p.enter(time.Now())
+	if w == nil {
 		return r.fresh, r.err
 	}
 	start := time.Now()
+	if fetch != nil {
+		fetch()
+	}
 	select {
 	case r = <-w:
 	case <-ctx.Done():
@@ -108,8 +111,9 @@ func (p *pool) noteWait(d time.Duration) {
 	p.longest = max(p.longest, d)
 }
 
-// enter answers at once, or queues a waiter.
-func (p *pool) enter(now time.Time) (w chan result, r result, ok bool) {
+// enter answers at once, or queues a waiter. A waiter for a local key makes one itself,
+// by fetch: nothing is waited for, and handing it to another thread and back costs more.
+func (p *pool) enter(now time.Time) (w chan result, fetch func(), r result) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.demandLocked(now)
@@ -117,23 +121,26 @@ func (p *pool) enter(now time.Time) (w chan result, r result, ok bool) {
 	refusal := p.refused()
 	switch {
 	case p.closed:
-		return nil, result{err: newError(KindUnavailable, opGenerate, p.current(), errClosed)}, true
+		return nil, nil, result{err: newError(KindUnavailable, opGenerate, p.current(), errClosed)}
 	case refusal != nil:
-		return nil, result{err: refusal}, true
+		return nil, nil, result{err: refusal}
 	case len(p.ready) > 0:
 		f := p.ready[0].fresh
 		p.ready = p.ready[1:]
 		p.hits++
 		p.refillLocked()
-		return nil, result{fresh: f}, true
+		return nil, nil, result{fresh: f}
 	case p.failed != nil && now.Before(p.retryAt):
-		return nil, result{err: p.failed}, true
+		return nil, nil, result{err: p.failed}
 	}
 	w = make(chan result, 1)
 	p.waiters = append(p.waiters, w)
 	p.waits++
+	if IsLocal(p.current()) {
+		return w, p.fetchLocked(), result{}
+	}
 	p.refillLocked()
-	return w, result{}, false
+	return w, nil, result{}
 }
 
 // leave takes a waiter out of the queue. If its key arrived meanwhile, the
@@ -192,11 +199,17 @@ func (p *pool) refillLocked() {
 	}
 	want := len(p.waiters) + p.aheadLocked() - len(p.ready)
 	for p.inflight < want && p.inflight < max(p.max, 1) {
-		p.inflight++
-		ctx, tries := withAttempts(p.ctx)
-		p.tries[tries] = true
-		go p.fetch(ctx, p.gen, tries)
+		go p.fetchLocked()()
 	}
+}
+
+// fetchLocked prepares a fetch.
+func (p *pool) fetchLocked() func() {
+	p.inflight++
+	ctx, tries := withAttempts(p.ctx)
+	p.tries[tries] = true
+	gen := p.gen
+	return func() { p.fetch(ctx, gen, tries) }
 }
 
 func (p *pool) fetch(ctx context.Context, gen uint64, tries *attempts) {
