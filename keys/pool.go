@@ -95,13 +95,23 @@ func (p *pool) take(ctx context.Context) (*crypt.Fresh, error) {
 	if fetch != nil {
 		fetch()
 	}
-	select {
-	case r = <-w:
-	case <-ctx.Done():
-		r = p.leave(w, contextError(ctx, opGenerate, p.current()))
-	}
+	r = p.await(ctx, w)
 	p.noteWait(time.Since(start))
 	return r.fresh, r.err
+}
+
+func (p *pool) await(ctx context.Context, w chan result) result {
+	select { // asking a request's context for Done costs a goroutine
+	case r := <-w:
+		return r
+	default:
+	}
+	select {
+	case r := <-w:
+		return r
+	case <-ctx.Done():
+		return p.leave(w, contextError(ctx, opGenerate, p.current()))
+	}
 }
 
 func (p *pool) noteWait(d time.Duration) {
