@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hanwen/go-fuse/v2/fuse"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
@@ -221,6 +222,68 @@ func TestInterruptedOpen(t *testing.T) {
 	require.Less(t, time.Since(start), time.Second)
 	close(block)
 	require.NoError(t, <-other)
+}
+
+// localKeys are fakeKeys on this machine, or not.
+type localKeys struct {
+	*fakeKeys
+	local bool
+}
+
+func (k *localKeys) Local(*crypt.Header) bool { return k.local }
+
+// A signal (Go programs send themselves many) ends no open whose key is on this machine:
+// neither that which asks for the key, nor one that waits for that; nor one that needs a
+// new key. If the key is elsewhere, it ends all of them.
+func TestSignalsEndNoLocalOpen(t *testing.T) {
+	for _, local := range []bool{true, false} {
+		t.Run(fmt.Sprintf("local=%v", local), func(t *testing.T) {
+			w := newWorld(t)
+			w.opts.Keys = &localKeys{w.keys, local}
+			w.remount()
+			w.write("f", []byte("contents"))
+			w.write("empty", nil)
+			w.remount()
+			nodes := map[string]*node{}
+			for _, name := range []string{"f", "empty"} {
+				_, err := os.Stat(w.path(name))
+				require.NoError(t, err)
+				nodes[name] = w.srv.fs.root.GetChild(name).Operations().(*node)
+			}
+			opens, fresh, _ := w.keys.calls()
+			block, signal := make(chan struct{}), make(chan struct{})
+			w.keys.set(nil, block)
+			errs := make(chan syscall.Errno, 3)
+			open := func(name string, flags uint32) {
+				fh, _, errno := nodes[name].Open(&fuse.Context{Cancel: signal}, flags)
+				if errno == ok {
+					nodes[name].Release(context.Background(), fh)
+				}
+				errs <- errno
+			}
+			go open("f", syscall.O_RDONLY)
+			go open("f", syscall.O_RDONLY)
+			go open("empty", syscall.O_WRONLY)
+			eventually(t, func() bool {
+				o, f, _ := w.keys.calls()
+				return o > opens && f > fresh
+			})
+			close(signal)
+			want := syscall.EINTR
+			if local {
+				want = ok
+				time.Sleep(50 * time.Millisecond) // for those who would leave
+				require.Empty(t, errs)
+				close(block)
+			}
+			for range 3 {
+				require.Equal(t, want, <-errs)
+			}
+			if !local {
+				close(block)
+			}
+		})
+	}
 }
 
 // A create waits no longer than CreateWait: it holds its directory.

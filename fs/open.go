@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -38,14 +39,30 @@ type KeyRenewer interface {
 	Renew(ctx context.Context, h *crypt.Header, s *crypt.Secrets) (*crypt.Header, error)
 }
 
+// KeyPlacer is what Keys may have besides, to say where keys are. Local reports whether
+// the key that opens a header's data key (of a nil header: that makes new ones) is on this
+// machine, so that no network is waited for.
+type KeyPlacer interface {
+	Local(h *crypt.Header) bool
+}
+
+func (fs *fileSystem) local(h *crypt.Header) bool {
+	keys, can := fs.keys.(KeyPlacer)
+	return can && keys.Local(h)
+}
+
 // openKey, freshKey and renewKey count what is asked of Keys. No lock is held.
 func (fs *fileSystem) openKey(ctx context.Context, h *crypt.Header) (*crypt.Secrets, error) {
+	ctx, cancel := heeding(ctx, !fs.local(h))
+	defer cancel()
 	defer fs.stats.waited(&fs.stats.keyOpens, time.Now())
 	s, err := fs.keys.Open(ctx, h)
 	return s, interrupted(ctx, err)
 }
 
 func (fs *fileSystem) freshKey(ctx context.Context) (k freshKey, err error) {
+	ctx, cancel := heeding(ctx, !fs.local(nil))
+	defer cancel()
 	defer fs.stats.waited(&fs.stats.keyFresh, time.Now())
 	k.age = fs.keyAge.Load()
 	k.Fresh, err = fs.keys.Fresh(ctx)
@@ -58,6 +75,8 @@ func (fs *fileSystem) renewKey(ctx context.Context, h *crypt.Header, s *crypt.Se
 	if !can {
 		return nil, nil
 	}
+	ctx, cancel := heeding(ctx, !fs.local(h) || !fs.local(nil))
+	defer cancel()
 	defer fs.stats.waited(&fs.stats.keyRenews, time.Now())
 	next, err := keys.Renew(ctx, h, s)
 	return next, interrupted(ctx, err)
@@ -73,8 +92,28 @@ func interrupted(ctx context.Context, err error) error {
 
 // A loading is an open that is asking for a file's key.
 type loading struct {
-	done chan struct{} // closed at the end
-	err  error         // set before done is closed
+	done   chan struct{} // closed at the end
+	err    error         // set before done is closed
+	remote chan struct{} // closed once the network may be waited for
+	far    sync.Once     // closes remote
+}
+
+func (l *loading) goesFar() { l.far.Do(func() { close(l.remote) }) }
+
+// await returns at the end of l: the error is that of a caller who leaves before, as he
+// may only when the network is waited for.
+func (l *loading) await(ctx context.Context) error {
+	select {
+	case <-l.done:
+		return nil
+	case <-ctx.Done():
+	}
+	select {
+	case <-l.done:
+		return nil
+	case <-l.remote:
+		return interrupted(ctx, context.Cause(ctx))
+	}
 }
 
 // load makes the file's view, asking for its key if it has contents. One request
@@ -89,13 +128,11 @@ func (f *file) load(ctx context.Context) error {
 		if leads {
 			return f.lead(ctx, l)
 		}
-		select {
-		case <-l.done:
-			if l.err != nil && !passing(l.err) {
-				return l.err
-			}
-		case <-ctx.Done():
-			return interrupted(ctx, context.Cause(ctx))
+		if err := l.await(ctx); err != nil {
+			return err
+		}
+		if l.err != nil && !passing(l.err) {
+			return l.err
 		}
 	}
 }
@@ -111,7 +148,7 @@ func (f *file) join() (l *loading, leads bool) {
 	if f.loading != nil {
 		return f.loading, false
 	}
-	f.loading = &loading{done: make(chan struct{})}
+	f.loading = &loading{done: make(chan struct{}), remote: make(chan struct{})}
 	return f.loading, true
 }
 
@@ -127,7 +164,7 @@ var errPanicked = errors.New("asking for the file's key failed by a bug in kmsfs
 func (f *file) lead(ctx context.Context, l *loading) error {
 	l.err = errPanicked
 	defer f.loaded(l)
-	l.err = f.unlock(ctx)
+	l.err = f.unlock(ctx, l)
 	return l.err
 }
 
@@ -141,7 +178,7 @@ func (f *file) loaded(l *loading) {
 // unlock reads the header, asks for its key with no lock held, and installs the
 // view if the header is still the one. A header is read again once if its key
 // can't be opened: a rekey may have replaced it just then.
-func (f *file) unlock(ctx context.Context) error {
+func (f *file) unlock(ctx context.Context, l *loading) error {
 	var failed []byte // the header that failed
 	for {
 		raw, h, err := f.header()
@@ -150,6 +187,9 @@ func (f *file) unlock(ctx context.Context) error {
 		}
 		var s *crypt.Secrets
 		if h != nil {
+			if !f.fs.local(h) {
+				l.goesFar()
+			}
 			if s, err = f.fs.openKey(ctx, h); err != nil {
 				if !errors.Is(err, crypt.ErrDamaged) || failed != nil {
 					return err

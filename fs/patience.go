@@ -18,6 +18,21 @@ func within(ctx context.Context, d time.Duration) (context.Context, context.Canc
 	return p, p.over
 }
 
+// heeding is ctx; or, without signals, what is left of it: for a key on this machine,
+// which is local I/O.
+func heeding(ctx context.Context, signals bool) (context.Context, context.CancelFunc) {
+	if signals {
+		return ctx, func() {}
+	}
+	end, has := ctx.Deadline()
+	ctx = context.WithoutCancel(ctx)
+	if !has {
+		return ctx, func() {}
+	}
+	p := &patience{request: ctx, end: end}
+	return p, p.over
+}
+
 // patience is a request's context with a deadline.
 type patience struct {
 	request context.Context

@@ -232,6 +232,16 @@ func (r *Ring) Governing(h *crypt.Header) []string {
 	return governing(list)
 }
 
+// Local reports whether the key that governs a header's data key, or of a nil header the
+// one that makes new data keys, is a local one.
+func (r *Ring) Local(h *crypt.Header) bool {
+	if h == nil {
+		return IsLocal(r.first())
+	}
+	list := r.Governing(h)
+	return len(list) > 0 && IsLocal(list[0])
+}
+
 // Ended says why data keys that depend on a list of keys (crypt.Secrets.Under) may
 // not be used any more, or nil: a *LeaseError or ErrLocked.
 func (r *Ring) Ended(under []string) error { return r.leases.ended(under) }
