@@ -2,6 +2,7 @@ package fs
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -15,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	fusefs "github.com/hanwen/go-fuse/v2/fs"
+	"github.com/hanwen/go-fuse/v2/fuse"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
@@ -299,6 +302,31 @@ func TestFallocate(t *testing.T) {
 		w.remount()
 		require.Equal(t, data, w.read("f"))
 	})
+}
+
+// A copy that a signal has come for already still copies something: nothing would be the
+// end of the file, and the copy cut short without an error.
+func TestSignalIsNoEndOfFile(t *testing.T) {
+	w := newWorld(t)
+	data := randomBytes(3 * copyChunk)
+	w.write("from", data)
+	w.write("to", []byte("x"))
+	nodes, handles := map[string]*node{}, map[string]fusefs.FileHandle{}
+	for _, name := range []string{"from", "to"} {
+		n := w.srv.fs.root.GetChild(name).Operations().(*node)
+		fh, _, errno := n.Open(context.Background(), syscall.O_RDWR)
+		require.Equal(t, ok, errno)
+		defer n.Release(context.Background(), fh)
+		nodes[name], handles[name] = n, fh
+	}
+	came := make(chan struct{})
+	close(came)
+	done, errno := nodes["from"].CopyFileRange(&fuse.Context{Cancel: came}, handles["from"], 0, nil, handles["to"], 0, uint64(len(data)), 0)
+	require.Equal(t, ok, errno)
+	require.EqualValues(t, copyChunk, done, "and ends then")
+	done, errno = nodes["from"].CopyFileRange(&fuse.Context{Cancel: came}, handles["from"], uint64(len(data)), nil, handles["to"], 0, 1, 0)
+	require.Equal(t, ok, errno)
+	require.Zero(t, done, "the end of the file")
 }
 
 func TestCopyFileRange(t *testing.T) {

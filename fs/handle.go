@@ -173,10 +173,12 @@ const (
 )
 
 // copyTo copies between files, never holding a lock of both: two copies in
-// opposite directions would deadlock.
+// opposite directions would deadlock. A signal ends it after the first chunk at the
+// earliest: nothing copied is how the end of the file is told (copy_file_range(2)), and
+// the copy of a program that sends itself signals, as Go's do, would be cut short.
 func (h *handle) copyTo(ctx context.Context, from int64, to *handle, at, size int64) (done int64, err error) {
 	buf := make([]byte, min(size, copyChunk))
-	for size = min(size, copyMax); done < size && ctx.Err() == nil; {
+	for size = min(size, copyMax); done < size && (done == 0 || ctx.Err() == nil); {
 		if err = h.f.barErr(); err != nil {
 			break
 		}
