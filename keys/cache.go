@@ -19,6 +19,9 @@ type cache struct {
 	next opener
 	max  int
 	age  time.Duration
+	// refused is why a data key may not be remembered now, or nil. Whoever changes that
+	// calls sweepEnded afterwards.
+	refused func(under []string) error
 
 	mu      sync.Mutex
 	entries map[string]*list.Element // guarded by mu; by Identity.Bytes()
@@ -41,7 +44,7 @@ type cached struct {
 }
 
 func newCache(next opener, max int, age time.Duration) *cache {
-	return &cache{next: next, max: max, age: age, entries: map[string]*list.Element{}, recent: list.New()}
+	return &cache{next: next, max: max, age: age, refused: func([]string) error { return nil }, entries: map[string]*list.Element{}, recent: list.New()}
 }
 
 // peek returns a clone of what is remembered for an identity.
@@ -92,7 +95,7 @@ func (c *cache) put(id *crypt.Identity, o opened, era uint64, guess bool) {
 	own.from.blob = nil
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed || era != c.era || c.max <= 0 {
+	if c.closed || era != c.era || c.max <= 0 || c.refused(own.secrets.Under()) != nil {
 		own.secrets.Wipe()
 		if guess {
 			c.wasted++

@@ -27,6 +27,9 @@ type memo[V any] struct {
 	age   time.Duration // 0 = as long as there is room
 	clone func(V) (V, error)
 	wipe  func(V)
+	// refused is why what a key answered may not be remembered now, or nil. Whoever
+	// changes that calls drop afterwards.
+	refused func(key string) error
 
 	mu      sync.Mutex
 	entries map[ask]*list.Element // guarded by mu
@@ -62,7 +65,7 @@ func newBlobMemo(max int) *memo[[]byte] {
 }
 
 func newMemo[V any](max int, age time.Duration, clone func(V) (V, error), wipe func(V)) *memo[V] {
-	return &memo[V]{max: max, age: age, clone: clone, wipe: wipe,
+	return &memo[V]{max: max, age: age, clone: clone, wipe: wipe, refused: func(string) error { return nil },
 		entries: map[ask]*list.Element{}, recent: list.New(), calls: map[ask]*memoCall{}}
 }
 
@@ -129,7 +132,7 @@ func (m *memo[V]) ask(a ask, call *memoCall, request func() (V, error)) (v V, bo
 	defer m.mu.Unlock()
 	delete(m.calls, a)
 	call.err = err
-	if err == nil && !m.closed && era == m.era && m.max > 0 {
+	if err == nil && !m.closed && era == m.era && m.max > 0 && m.refused(a.key) == nil {
 		m.putLocked(a, v, born)
 	}
 	close(call.done)

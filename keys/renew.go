@@ -21,6 +21,9 @@ func (r *Ring) Renew(ctx context.Context, h *crypt.Header, s *crypt.Secrets) (*c
 	if h.Identity != s.Identity() {
 		return nil, fmt.Errorf("the data key is not this header's: %w", crypt.ErrDamaged)
 	}
+	if err := r.leases.ended(nil); err != nil {
+		return nil, err // locked
+	}
 	trusted := r.core.keys()
 	if len(trusted) == 0 || current(h, trusted) {
 		return nil, nil

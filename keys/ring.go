@@ -96,6 +96,9 @@ func NewRing(o RingOptions) *Ring {
 	r.leases = newLeases(r.counted, o.Volume, o.Deadline)
 	r.leases.held, r.leases.wipe = r.held, r.wipeEnded
 	r.core.leases = r.leases
+	// A call can be sent just before a lease ends, and answered when all was wiped.
+	r.cache.refused = r.leases.ended
+	r.core.held.refused = func(key string) error { return r.leases.ended([]string{key}) }
 	r.pool.refused = func() error { return r.leases.ended([]string{r.first()}) }
 	return r
 }

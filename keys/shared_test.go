@@ -2,6 +2,7 @@ package keys
 
 import (
 	"context"
+	"fmt"
 	"reflect"
 	"runtime"
 	"strings"
@@ -238,6 +239,40 @@ func TestLockedRingMakesNoIntermediateKey(t *testing.T) {
 		require.NoError(t, err)
 		wipeFresh(k)
 	})
+}
+
+// TestNothingIsRememberedWhileLocked: an open that was let in just before the kill switch
+// leaves no key behind, though it asks only afterwards, and though its caller is gone;
+// nor does a renewal ask.
+func TestNothingIsRememberedWhileLocked(t *testing.T) {
+	for _, envelope := range []bool{false, true} {
+		t.Run(fmt.Sprintf("shared=%v", envelope), func(t *testing.T) {
+			if envelope {
+				asShared(t)
+			}
+			noLeaks(t)
+			f := newFake()
+			r := newTestRing(t, f, nil, arnA)
+			h := newHeader(t, f, arnA)
+			s, err := r.Open(context.Background(), h)
+			require.NoError(t, err)
+			defer s.Wipe()
+			r.Lock()
+			live := crypt.LiveKeys()
+			o, err := r.flight.open(context.Background(), h)
+			require.NoError(t, err)
+			o.secrets.Wipe()
+			require.Equal(t, live, crypt.LiveKeys())
+			r.core.setTrusted([]string{arnC, arnA})
+			calls := f.count()
+			_, err = r.Renew(context.Background(), h, s)
+			require.ErrorIs(t, err, ErrLocked)
+			require.Equal(t, calls, f.count())
+			r.Unlock()
+			require.NoError(t, open(t, r, h))
+			require.Equal(t, calls+1, f.count(), "each key has to be opened again")
+		})
+	}
 }
 
 // TestDroppedFetchEnds: a call for an intermediate key that nobody wants any more is given
