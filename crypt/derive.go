@@ -46,6 +46,8 @@ type Secrets struct {
 type Fresh struct {
 	Header  *Header
 	Secrets *Secrets
+	// Batch is for whoever hands out fresh keys, to tell those from before a change.
+	Batch uint64
 }
 
 // NewIdentity draws a random file id.

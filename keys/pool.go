@@ -240,6 +240,7 @@ func (p *pool) fetch(ctx context.Context, gen uint64, tries *attempts) {
 	} else {
 		p.failed, p.penalty = nil, 0
 		p.latency = (p.latency + time.Since(start)) / 2
+		f.Batch = gen
 		p.addLocked(f)
 	}
 	p.refillLocked()
@@ -273,11 +274,13 @@ func (p *pool) serveLocked(r result) {
 	p.waiters = p.waiters[1:]
 }
 
-// putBack takes an unused key. The caller must not have given it to any file.
+// putBack takes an unused key. The caller must not have given it to any file. One that
+// was handed out before the last drop is no better than those that were dropped: after a
+// refresh it is under the same key's old material, of which no header tells.
 func (p *pool) putBack(f *crypt.Fresh) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed || p.refused() != nil || len(p.ready) >= max(p.max, 1) || len(f.Header.Copies) != 1 || f.Header.Copies[0].Key != p.current() {
+	if p.closed || p.refused() != nil || len(p.ready) >= max(p.max, 1) || f.Batch != p.gen || len(f.Header.Copies) != 1 || f.Header.Copies[0].Key != p.current() {
 		wipeFresh(f)
 		return
 	}

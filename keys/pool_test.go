@@ -113,6 +113,29 @@ func TestReturnedKeyIsUsedAgain(t *testing.T) {
 	})
 }
 
+// TestReturnedTooLate: a key from before a change of the list, or before a refresh, which
+// changes nothing in it, is not handed out again.
+func TestReturnedTooLate(t *testing.T) {
+	for name, change := range map[string]func(*Ring){
+		"refresh": func(r *Ring) { r.SetTrusted([]string{arnA}) },
+		"forget":  (*Ring).Forget,
+		"lock":    func(r *Ring) { r.Lock(); r.Unlock() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			poolTest(t, 0, func(t *testing.T, f *fake, r *Ring) {
+				old := take(t, r)
+				change(r)
+				r.Return(old)
+				next := take(t, r)
+				defer wipeFresh(next)
+				require.NotEqual(t, old.Header, next.Header)
+				r.Return(take(t, r)) // one from after it is
+				require.Equal(t, 1, r.Stats().PoolReady)
+			})
+		})
+	}
+}
+
 // TestReturnServesAWaiter: someone may be waiting for just that.
 func TestReturnServesAWaiter(t *testing.T) {
 	poolTest(t, time.Minute, func(t *testing.T, f *fake, r *Ring) {

@@ -26,7 +26,7 @@ func TestSharedEnvelope(t *testing.T) {
 		TestTrust, TestGoverningCopy, TestCommitmentDecides, TestReplicas, TestSetTrusted, TestForgetAndClose, TestRingUnderRace,
 		TestCacheAge, TestFailuresAreNotRemembered, TestRetainDuringACall,
 		TestConcurrentOpensAreOneCall, TestInterruptedCaller, TestDeadlineOfACall, TestCloseEndsCalls,
-		TestParallelCreates, TestDeniedKey, TestFailureReachesEveryWaiter, TestWaitersSurviveAChangeOfKeys, TestCloseFreesWaiters, TestThrottledCreate,
+		TestParallelCreates, TestReturnedTooLate, TestDeniedKey, TestFailureReachesEveryWaiter, TestWaitersSurviveAChangeOfKeys, TestCloseFreesWaiters, TestThrottledCreate,
 		TestDenials, TestOneAccessDenied, TestOutage, TestOutageThatEnds, TestStrict, TestHeals, TestAnswerFromBeforeTheDenial, TestOtherKeysDenial, TestLock,
 		TestDeadRegionCostsNothing, TestOneOpenProbes, TestAnOutageHidesNoDenialForLong, TestNewFilesWaitForTheirKey,
 		TestRewrapEveryRoute, TestRefresh, TestRewrapRefuses, TestRewrapGoesWhereItIsTold,
