@@ -52,6 +52,7 @@ type memoCall struct {
 	done  chan struct{} // closed when err is set
 	tries *attempts     // of the one who asks; may be nil
 	err   error
+	ended bool // err came of the asker's own end: his signal, or his deadline
 }
 
 // newKeyMemo remembers intermediate keys; whoever gets one wipes it.
@@ -71,7 +72,7 @@ func newMemo[V any](max int, age time.Duration, clone func(V) (V, error), wipe f
 
 // get returns the answer to a, and when it was given. If it is not remembered, request
 // is called with the caller's own context, unless somebody else's is under way; one that
-// was interrupted is made again by who waited for it.
+// ended with its context is made again by who waited for it and has time left.
 func (m *memo[V]) get(ctx context.Context, a ask, request func() (V, error)) (v V, born time.Time, err error) {
 	for {
 		v, born, call, mine := m.enter(ctx, a)
@@ -79,7 +80,7 @@ func (m *memo[V]) get(ctx context.Context, a ask, request func() (V, error)) (v 
 		case call == nil:
 			return v, born, nil
 		case mine:
-			return m.ask(a, call, request)
+			return m.ask(ctx, a, call, request)
 		}
 		joinAttempts(ctx, call.tries)
 		select {
@@ -87,7 +88,7 @@ func (m *memo[V]) get(ctx context.Context, a ask, request func() (V, error)) (v 
 		case <-ctx.Done():
 			return v, born, contextError(ctx, a.op, a.key)
 		}
-		if call.err != nil && (kindOf(call.err) != KindInterrupted || ctx.Err() != nil) {
+		if call.err != nil && (!call.ended || ctx.Err() != nil) {
 			return v, born, call.err
 		}
 	}
@@ -122,7 +123,7 @@ func (m *memo[V]) enter(ctx context.Context, a ask) (v V, born time.Time, call *
 func (m *memo[V]) agedLocked(t *told[V]) bool { return m.age > 0 && time.Since(t.born) >= m.age }
 
 // ask sends the request that others wait for.
-func (m *memo[V]) ask(a ask, call *memoCall, request func() (V, error)) (v V, born time.Time, err error) {
+func (m *memo[V]) ask(ctx context.Context, a ask, call *memoCall, request func() (V, error)) (v V, born time.Time, err error) {
 	m.mu.Lock()
 	era := m.era
 	m.mu.Unlock()
@@ -131,7 +132,7 @@ func (m *memo[V]) ask(a ask, call *memoCall, request func() (V, error)) (v V, bo
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.calls, a)
-	call.err = err
+	call.err, call.ended = err, ctx.Err() != nil || kindOf(err) == KindInterrupted
 	if err == nil && !m.closed && era == m.era && m.max > 0 && m.refused(a.key) == nil {
 		m.putLocked(a, v, born)
 	}

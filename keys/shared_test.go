@@ -457,6 +457,28 @@ func TestSharedFailureIsNotRemembered(t *testing.T) {
 	require.NoError(t, open(t, r, list[1]))
 }
 
+// TestLateWaiterHasItsOwnTime: who joins a request for the same intermediate key shortly
+// before that is given up has the whole deadline all the same.
+func TestLateWaiterHasItsOwnTime(t *testing.T) {
+	sharedTest(t, func(t *testing.T, f *fake, r *Ring) {
+		list := newHeaders(t, f, 2, arnA)
+		var calls atomic.Int64
+		f.before = func(ctx context.Context, op, key string) error {
+			if calls.Add(1) > 1 {
+				return nil
+			}
+			<-ctx.Done() // KMS is silent until then
+			return contextError(ctx, op, key)
+		}
+		first, second := make(chan error, 1), make(chan error, 1)
+		go func() { first <- open(t, r, list[0]) }()
+		time.Sleep(defaultDeadline - time.Second)
+		go func() { second <- open(t, r, list[1]) }()
+		require.ErrorIs(t, <-first, crypt.ErrKeyTimeout)
+		require.NoError(t, <-second)
+	})
+}
+
 // TestMemoIsBounded: of more intermediate keys than there is room for, the least recently
 // used goes, and is wiped.
 func TestMemoIsBounded(t *testing.T) {
