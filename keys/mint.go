@@ -140,8 +140,13 @@ func (m *mint) take(now time.Time) (d *die, number uint16, fetch *mintFetch, err
 	return d, number, nil, nil
 }
 
-// expireLocked puts the next intermediate key in the place of one that is spent.
+// expireLocked puts the next intermediate key in the place of one that is spent; the next
+// one itself can have waited for too long, and another is then fetched ahead.
 func (m *mint) expireLocked(now time.Time) {
+	if m.ahead != nil && m.ahead.spent(now) {
+		m.ahead.wipe()
+		m.ahead = nil
+	}
 	for m.now != nil && m.now.spent(now) {
 		m.now.wipe()
 		m.now, m.ahead = m.ahead, nil

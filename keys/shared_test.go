@@ -108,6 +108,24 @@ func TestNextKeyIsThere(t *testing.T) {
 	})
 }
 
+// TestNextKeyWaitsLong: the next intermediate key is there also if the one in use lasts for
+// long after it was fetched.
+func TestNextKeyWaitsLong(t *testing.T) {
+	sharedTest(t, func(t *testing.T, f *fake, r *Ring) {
+		start := time.Now()
+		for range mintFiles - mintAheadFiles + 10 {
+			wipeFresh(take(t, r))
+		}
+		for time.Since(start) < mintAge-time.Minute {
+			time.Sleep(time.Minute)
+			wipeFresh(take(t, r))
+		}
+		f.before = failing(map[string]Kind{arnA: KindUnavailable})
+		time.Sleep(time.Minute)
+		wipeFresh(take(t, r))
+	})
+}
+
 // TestIntermediateKeysAge: an intermediate key serves new files for an hour, and is wiped
 // when nobody made any for ten minutes. Nothing is fetched for nobody.
 func TestIntermediateKeysAge(t *testing.T) {
