@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -229,7 +230,7 @@ func clearSocket(path string) {
 	if st, err := os.Lstat(path); err != nil || st.Mode().Type() != os.ModeSocket {
 		return
 	}
-	c, err := net.Dial("unix", path)
+	c, err := net.DialTimeout("unix", path, time.Second) // one that is full keeps us waiting
 	if errors.Is(err, unix.ECONNREFUSED) {
 		os.Remove(path)
 	}
@@ -243,7 +244,30 @@ const (
 	metricsWait   = 10 * time.Second
 	metricsHeader = 8 << 10
 	metricsAtOnce = 4
+	// A connection is a descriptor, of which files need many, and who may connect is any
+	// user of this machine.
+	metricsConns = 32
 )
+
+// atMost closes connections beyond n as they come.
+func atMost(n int64) func(net.Conn, http.ConnState) {
+	var now atomic.Int64
+	return func(c net.Conn, s http.ConnState) {
+		switch s {
+		case http.StateNew:
+			if now.Add(1) > n {
+				c.Close()
+			}
+		case http.StateClosed, http.StateHijacked:
+			now.Add(-1)
+		}
+	}
+}
+
+func metricsServer(h http.Handler) *http.Server {
+	return &http.Server{Handler: h, ReadTimeout: metricsWait, WriteTimeout: metricsWait, IdleTimeout: time.Minute,
+		MaxHeaderBytes: metricsHeader, ConnState: atMost(metricsConns)}
+}
 
 // serveMetrics answers GET /metrics until stop, and everything else with 404.
 func (m *mounting) serveMetrics(l net.Listener) (stop func()) {
@@ -255,8 +279,8 @@ func (m *mounting) serveMetrics(l net.Listener) (stop func()) {
 	quiet := log.New(debugLog{m.log}, "", 0)
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: metricsAtOnce, ErrorLog: quiet}))
-	server := &http.Server{Handler: mux, ReadTimeout: metricsWait, WriteTimeout: metricsWait, IdleTimeout: time.Minute,
-		MaxHeaderBytes: metricsHeader, ErrorLog: quiet}
+	server := metricsServer(mux)
+	server.ErrorLog = quiet
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
