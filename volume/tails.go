@@ -1,12 +1,14 @@
 package volume
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"io/fs"
 	"os"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -50,12 +52,15 @@ type Tails struct {
 	some    sync.Cond // signalled when slots are freed, and when making all durable failed
 	free    []int     // guarded by mu; the last one freed is the next one taken
 	byInode map[Inode][]*keptTail
-	gone    []*keptTail // guarded by mu; freed, not durably
-	next    *tailRound  // guarded by mu; the sync that gathers who waits for it
-	seq     uint64      // guarded by mu
-	failed  error       // guarded by mu; why making all durable failed the last time
-	fails   int         // guarded by mu; how often it did
-	stats   TailStats   // guarded by mu
+	// held are of an earlier mount and not judged yet, by inode number; guarded by mu.
+	// No sync lets them go: what it makes durable may be the torn end.
+	held   map[uint64][]*keptTail
+	gone   []*keptTail // guarded by mu; freed, not durably
+	next   *tailRound  // guarded by mu; the sync that gathers who waits for it
+	seq    uint64      // guarded by mu
+	failed error       // guarded by mu; why making all durable failed the last time
+	fails  int         // guarded by mu; how often it did
+	stats  TailStats   // guarded by mu
 }
 
 // TailStats count what was kept.
@@ -86,7 +91,6 @@ type keptTail struct {
 	tail  crypt.Tail // without records
 	stale bool       // a sync of its file has begun since
 	freed bool
-	held  bool // of an earlier mount, and not judged yet
 
 	ready chan struct{} // closed when it is durable, or err is set
 	err   error
@@ -119,7 +123,7 @@ func (v *Volume) OpenTails(off bool) (*Tails, error) {
 }
 
 func newTails(f tailStore, size int64) *Tails {
-	t := &Tails{f: f, size: size, full: make(chan struct{}, 1), byInode: map[Inode][]*keptTail{}}
+	t := &Tails{f: f, size: size, full: make(chan struct{}, 1), byInode: map[Inode][]*keptTail{}, held: map[uint64][]*keptTail{}}
 	t.some.L = &t.mu
 	for i := range tailSlots {
 		t.free = append(t.free, tailSlots-1-i)
@@ -127,22 +131,23 @@ func newTails(f tailStore, size int64) *Tails {
 	return t
 }
 
-// hold takes over what an earlier mount kept and RecoverTails could not judge.
+// mostHeld leaves room for the ends of files that are written now.
+const mostHeld = tailSlots - 32
+
+// hold takes over what an earlier mount kept and RecoverTails could not judge; of too
+// many the newest.
 func (t *Tails) hold(list []heldTail) {
-	used := map[int]bool{}
-	for _, h := range list {
-		e := &keptTail{slot: h.slot, inode: h.inode, tail: crypt.Tail{File: h.tail.File, Off: h.tail.Off}, stale: true, held: true}
-		t.byInode[h.inode] = append(t.byInode[h.inode], e)
+	slices.SortFunc(list, func(a, b heldTail) int { return cmp.Compare(b.seq, a.seq) })
+	for i, h := range list {
+		e := &keptTail{slot: h.slot, inode: h.inode, tail: crypt.Tail{File: h.tail.File, Off: h.tail.Off}}
 		t.seq = max(t.seq, h.seq)
-		used[h.slot] = true
-	}
-	free := t.free[:0]
-	for _, i := range t.free {
-		if !used[i] {
-			free = append(free, i)
+		t.free = slices.DeleteFunc(t.free, func(slot int) bool { return slot == h.slot })
+		if i >= mostHeld {
+			t.freeLocked(e)
+			continue
 		}
+		t.held[h.inode.Ino] = append(t.held[h.inode.Ino], e)
 	}
-	t.free = free
 }
 
 func tailSlotSize(blockSize int) int64 {
@@ -229,8 +234,11 @@ func (v *Volume) openTails() (*os.File, error) {
 
 // Keep is crypt.TailKeeper's KeepTail for one file.
 func (t *Tails) Keep(inode Inode, tail crypt.Tail) error {
-	if t == nil || t.off {
+	if t == nil {
 		return nil
+	}
+	if t.off { // what is held there goes by a good end that is written over now
+		return t.Disturb(inode, tail.Off, tail.Off+1)
 	}
 	e, isNew, err := t.take(inode, &tail)
 	if err != nil {
@@ -382,16 +390,24 @@ func (t *Tails) Disturb(inode Inode, from, to int64) error {
 // disturbs reports whether something that was let go there may come back. What an
 // earlier mount kept, and nobody could judge, is let go now.
 func (t *Tails) disturbs(inode Inode, from, to int64) (found bool) {
+	there := func(e *keptTail) bool { return from <= e.tail.Off && e.tail.Off < to }
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, e := range t.byInode[inode] {
-		if e.tail.Off < from || e.tail.Off >= to {
-			continue
+		found = found || e.freed && there(e)
+	}
+	t.held[inode.Ino] = slices.DeleteFunc(t.held[inode.Ino], func(e *keptTail) bool {
+		if !there(e) {
+			return false
 		}
-		if e.held {
-			t.freeLocked(e)
-		}
-		found = found || e.freed
+		e.inode = inode
+		t.byInode[inode] = append(t.byInode[inode], e)
+		t.freeLocked(e)
+		found = true
+		return true
+	})
+	if len(t.held[inode.Ino]) == 0 {
+		delete(t.held, inode.Ino)
 	}
 	return found
 }

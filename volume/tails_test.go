@@ -223,7 +223,6 @@ func (x *victim) forge(at int, checksum bool) {
 // TestEndThatCannotBeJudgedIsKept until its key can be had, unless somebody writes
 // there first.
 func TestEndThatCannotBeJudgedIsKept(t *testing.T) {
-	denied := func(context.Context, *crypt.Header) (*crypt.Secrets, error) { return nil, errors.New("denied") }
 	for _, written := range []bool{false, true} {
 		x, _ := torn(t)
 		v := openVolume(t, x.v.Path(), x.key)
@@ -247,6 +246,76 @@ func TestEndThatCannotBeJudgedIsKept(t *testing.T) {
 		require.Nil(t, off)
 		require.NoFileExists(t, filepath.Join(x.v.Path(), TailsFile))
 	}
+}
+
+func denied(context.Context, *crypt.Header) (*crypt.Secrets, error) { return nil, errors.New("denied") }
+
+// TestEndThatCannotBeJudgedOutlivesSyncs: what they make durable is the torn end.
+func TestEndThatCannotBeJudgedOutlivesSyncs(t *testing.T) {
+	x, want := torn(t)
+	v := openVolume(t, x.v.Path(), x.key)
+	require.Equal(t, 1, v.RecoverTails(t.Context(), denied).Held)
+	tails, err := v.OpenTails(false)
+	require.NoError(t, err)
+	tails.BeginSync(x.b.inode)(nil)
+	tails.BeginRest(func(Inode) bool { return false })(nil)
+	require.NoError(t, tails.Close())
+	next := openVolume(t, x.v.Path(), x.key)
+	require.Len(t, next.RecoverTails(t.Context(), x.open).Put, 1)
+	got, err := x.read(next)
+	require.NoError(t, err)
+	require.Equal(t, want, got)
+}
+
+// TestEndThatIsKeptIsNotCutOff: KMS may be back by the time that bad ends are cut off.
+func TestEndThatIsKeptIsNotCutOff(t *testing.T) {
+	x, want := torn(t)
+	v := openVolume(t, x.v.Path(), x.key)
+	require.Equal(t, 1, v.RecoverTails(t.Context(), denied).Held)
+	require.Equal(t, EndRecovery{}, v.RecoverEnds(t.Context(), time.Time{}, x.open))
+	require.Len(t, v.RecoverTails(t.Context(), x.open).Put, 1)
+	got, err := x.read(v)
+	require.NoError(t, err)
+	require.Equal(t, want, got)
+}
+
+// TestEndOfAFileThatWasNotFound: a directory that could not be read when the volume was
+// mounted may be in use later. What is written there must not go back.
+func TestEndOfAFileThatWasNotFound(t *testing.T) {
+	for _, off := range []bool{false, true} {
+		x, want := torn(t)
+		v := openVolume(t, x.v.Path(), x.key)
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		r := v.RecoverTails(ctx, x.open)
+		require.Equal(t, 1, r.Held)
+		require.ErrorIs(t, r.Errs[0], context.Canceled)
+		tails, err := v.OpenTails(off)
+		require.NoError(t, err)
+		if off { // nothing is kept
+			tail := aTail(1)
+			tail.Off = 0
+			require.NoError(t, tails.Keep(x.b.inode, tail))
+		} else {
+			require.NoError(t, tails.Disturb(x.b.inode, 0, int64(len(want))))
+		}
+		require.NoError(t, tails.Close())
+		require.Zero(t, openVolume(t, x.v.Path(), x.key).RecoverTails(t.Context(), x.open).Found)
+	}
+}
+
+// TestHeldEndsLeaveRoom: those of now need a place, or every write would wait for one.
+func TestHeldEndsLeaveRoom(t *testing.T) {
+	tails := newTails(&memTails{}, 8192)
+	var list []heldTail
+	for i := range tailSlots {
+		list = append(list, heldTail{slot: i, seq: uint64(i), inode: Inode{Ino: uint64(i)}})
+	}
+	tails.hold(list)
+	require.Len(t, tails.free, tailSlots-mostHeld)
+	require.Len(t, tails.held, mostHeld)
+	require.NotContains(t, tails.held, uint64(tailSlots-mostHeld-1), "the oldest goes")
+	require.NoError(t, tails.Keep(Inode{Ino: 1000}, aTail(1)))
 }
 
 // TestPlantedTails: whatever stands under the name, nothing is written outside the

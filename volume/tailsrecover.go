@@ -81,7 +81,7 @@ func (v *Volume) recoverTails(ctx context.Context, f *os.File, byIno map[uint64]
 		case err != nil:
 			r.Held += len(list)
 			r.Errs = append(r.Errs, fmt.Errorf("the end of inode %d, which is kept, can't be compared with the file; that is tried again at the next mount: %w", it.Ino, err))
-			v.holdTails(it, list)
+			v.heldTails = append(v.heldTails, list...)
 			return
 		case put:
 			r.Put = append(r.Put, it.Ino)
@@ -108,23 +108,6 @@ func freeTail(f *os.File, blockSize, slot int, r *TailRecovery) {
 	var state [4]byte
 	if _, err := f.WriteAt(state[:], tailPage+int64(slot)*tailSlotSize(blockSize)); err != nil {
 		r.Errs = append(r.Errs, fmt.Errorf("letting go of a kept end: %w", err))
-	}
-}
-
-// holdTails keeps ends for the next mount; this one must know whose they are.
-func (v *Volume) holdTails(it *Item, list []heldTail) {
-	fd, err := it.Open(unix.O_PATH)
-	if err != nil {
-		return
-	}
-	defer unix.Close(fd)
-	var st unix.Statx_t
-	if unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS|unix.STATX_BTIME, &st) != nil {
-		return
-	}
-	for _, h := range list {
-		h.inode = InodeOf(&st)
-		v.heldTails = append(v.heldTails, h)
 	}
 }
 

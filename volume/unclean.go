@@ -189,14 +189,20 @@ const (
 
 // RecoverEnds cuts bad ends of files that were changed since a time back to the last
 // good record: a power cut leaves them where a file grew and was not synced. The volume
-// must be locked, and nothing served yet. What was cut is durable when it returns.
+// must be locked, and nothing served yet. What was cut is durable when it returns. Files
+// whose synced end is to be put back yet (TailRecovery.Held) are left alone: after a cut
+// it would have no place.
 func (v *Volume) RecoverEnds(ctx context.Context, since time.Time, open KeyOpener) (r EndRecovery) {
 	var mu sync.Mutex
 	var jobs sync.WaitGroup
 	slots := make(chan struct{}, endJobs)
 	after := since.Add(-markerSlack)
+	kept := map[uint64]bool{}
+	for _, h := range v.heldTails {
+		kept[h.inode.Ino] = true
+	}
 	err := v.Walk(ctx, func(it *Item) error {
-		if it.Err != nil {
+		if it.Err != nil || kept[it.Ino] {
 			return nil
 		}
 		it.Hold()

@@ -55,7 +55,8 @@ type Volume struct {
 	longMu sync.Mutex // one change to long names at a time: entry and sidecar belong together
 
 	lock lockFile
-	// heldTails are kept ends of files that RecoverTails could not judge.
+	// heldTails are kept ends that RecoverTails could not judge. This mount must know
+	// whose they are.
 	heldTails []heldTail
 }
 
