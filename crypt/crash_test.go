@@ -945,3 +945,69 @@ func TestEndsThatWereLetGoStayAway(t *testing.T) {
 		})
 	}
 }
+
+// TestTornEndIsNotSynced: while the end is in memory only, no sync makes the torn one
+// durable and lets go of the old one that is kept.
+func TestTornEndIsNotSynced(t *testing.T) {
+	for name, tear := range map[string]func(f *File) error{
+		"append": func(f *File) error { _, err := f.WriteAt(make([]byte, 2*bs), 250); return err },
+		"write":  func(f *File) error { _, err := f.WriteAt(make([]byte, 100), 0); return err },
+		"cut":    func(f *File) error { return f.Truncate(200) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			k := newKeeper()
+			s := newKeptStory(t, k)
+			s.write(0, 100)
+			s.sync()
+			s.append(150)
+			k.tear = 60
+			require.ErrorIs(t, tear(s.f), syscall.EDQUOT)
+			require.True(t, s.f.Torn())
+			require.Equal(t, s.last(), readAll(t, s.f))
+			require.Nil(t, s.f.TryBeginSync())
+			synced := false
+			sync := func() error { synced = true; return nil }
+			require.ErrorIs(t, s.f.SyncBy(sync), syscall.EDQUOT)
+			require.False(t, synced)
+			require.False(t, k.kept[0].stale)
+			k.refusal = nil
+			require.NoError(t, s.f.SyncBy(sync))
+			require.True(t, synced)
+			require.True(t, k.kept[0].freed)
+			require.Equal(t, s.last(), readAll(t, s.v.open(t, k.memBacking, bs)))
+		})
+	}
+}
+
+// TestLateKeptEndIsNone: of two syncs that overlap, the first one may come to keep the
+// end when the second has begun. The end is an older one by then.
+func TestLateKeptEndIsNone(t *testing.T) {
+	for name, newer := range map[string]func(s *story) func(){
+		"sync": func(s *story) func() {
+			end, _, err := s.f.beginSync()
+			require.NoError(t, err)
+			return func() { end(nil) }
+		},
+		"sync of all": func(s *story) func() {
+			end := s.f.TryBeginSync()
+			return func() { end(nil) }
+		},
+		"cut": func(s *story) func() { s.truncate(20); return func() {} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			k := newKeeper()
+			s := newKeptStory(t, k)
+			appendLog(s, 2)
+			s.append(10)
+			first, late, err := s.f.beginSync()
+			require.NoError(t, err)
+			s.append(10)
+			ended := newer(s)
+			before := len(k.kept)
+			late()
+			first(nil)
+			ended()
+			require.Len(t, k.kept, before, "an older end is kept as the newest one")
+		})
+	}
+}

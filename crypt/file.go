@@ -64,6 +64,8 @@ type File struct {
 	young atomic.Bool
 	// grown: the end was kept, and written over, since the last sync.
 	grown atomic.Bool
+	// era counts syncs that have begun, and cuts; guarded by shape.
+	era uint64
 	// bad is why the end can't be trusted: changed with shape held exclusively,
 	// or with tailMu.
 	bad atomic.Pointer[error]

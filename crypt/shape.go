@@ -47,6 +47,7 @@ func (f *File) cutAll() error {
 	}
 	f.suspended = false
 	f.young.Store(true)
+	f.era++
 	f.size.Store(0)
 	f.tail = nil
 	f.torn.Store(false)
@@ -86,14 +87,17 @@ func (f *File) cut(size, old int64) error {
 		return err
 	}
 	f.tail = tail
+	f.era++
 	f.size.Store(size)
+	f.torn.Store(false)
 	f.bad.Store(nil)
 	f.pending.remove(block, f.l.max())
 	return nil
 }
 
 // replaceTail writes a new tail over a block's record, makes it durable, and
-// cuts the file after it.
+// cuts the file after it. The old end stays in memory if the store refuses to take it
+// back (whole).
 func (f *File) replaceTail(tail []byte, block, stored int64) error {
 	before := make([]byte, len(tail))
 	n, err := f.b.ReadAt(before, f.l.offset(block))
@@ -115,8 +119,8 @@ func (f *File) replaceTail(tail []byte, block, stored int64) error {
 	}
 	if err != nil {
 		buf.land() // else the cut would be finished behind the old record
-		if n > 0 {
-			_ = f.mend(&buf, before, block, false)
+		if n > 0 && f.mend(&buf, before, block, false) != nil && f.isTail(block, f.size.Load()) {
+			f.torn.Store(true)
 		}
 	}
 	return err

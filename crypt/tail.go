@@ -123,49 +123,76 @@ func (f *File) guardCut(c *sealer, size, old int64) error {
 }
 
 // SyncBy runs a call that makes the file durable, and lets go of what was kept for the
-// case that it had not been.
+// case that it had not been. An end that is in memory only is put back first (Torn), or
+// the call is not made: what it made durable would be the torn one.
 //
 // A file whose end was written over since the last sync is likely to be again, a log
 // say. So its end is kept meanwhile: the next write finds that done. That fails only for
 // a reason which that write will meet itself.
 func (f *File) SyncBy(sync func() error) error {
-	end, next := f.beginSync()
+	end, keep, err := f.beginSync()
+	if err != nil {
+		return err
+	}
 	kept := make(chan struct{})
 	go func() {
 		defer close(kept)
-		if next != nil {
-			_ = f.tails.KeepTail(*next)
-		}
+		keep()
 	}()
-	err := sync()
+	err = sync()
+	end(err) // before the wait, which may be one for room
 	<-kept
-	end(err)
 	return err
 }
 
-// beginSync returns the end that is to be kept, too, or nil.
-func (f *File) beginSync() (end func(error), next *Tail) {
-	if f.tails == nil {
-		return func(error) {}, nil
-	}
+// beginSync returns how to keep the next end, too.
+func (f *File) beginSync() (end func(error), keep func(), err error) {
 	f.shape.Lock() // no write is under way that relies on what was kept before
 	defer f.shape.Unlock()
-	f.young.Store(false)
+	if err := f.whole(); err != nil {
+		return nil, nil, err
+	}
+	keep = func() {}
+	if f.tails == nil {
+		return func(error) {}, keep, nil
+	}
+	f.startEra()
 	size, c := f.size.Load(), f.cipher.Load()
 	if f.grown.Swap(false) && c != nil && f.EndErr() == nil && size%f.l.block != 0 {
-		next = &Tail{File: c.secrets.id.File, Off: f.l.offset(f.l.tail(size)), Records: bytes.Clone(f.tail)}
+		next := Tail{File: c.secrets.id.File, Off: f.l.offset(f.l.tail(size)), Records: bytes.Clone(f.tail)}
+		era := f.era
+		keep = func() { f.keepNext(next, era) }
 	}
-	return f.tails.BeginSync(), next
+	return f.tails.BeginSync(), keep, nil
+}
+
+// startEra says that what is kept from now on is newer. shape is held exclusively.
+func (f *File) startEra() {
+	f.young.Store(false)
+	f.era++
+}
+
+// keepNext keeps an end of an era; in another it is an older one, and a write that found
+// it kept would rely on it.
+func (f *File) keepNext(next Tail, era uint64) {
+	f.shape.RLock()
+	defer f.shape.RUnlock()
+	if f.era == era {
+		_ = f.tails.KeepTail(next)
+	}
 }
 
 // TryBeginSync is for who makes many files durable at once: it says so, unless the file
-// is in use just now, and then returns nil.
+// is in use just now, or its end is in memory only, and then returns nil.
 func (f *File) TryBeginSync() (end func(error)) {
 	if f.tails == nil || !f.shape.TryLock() {
 		return nil
 	}
 	defer f.shape.Unlock()
-	f.young.Store(false)
+	if f.whole() != nil {
+		return nil
+	}
+	f.startEra()
 	return f.tails.BeginSync()
 }
 
