@@ -207,12 +207,18 @@ func (f *file) dropWriter() (unused *crypt.Fresh) {
 		if err := f.settleLocked(v); err != nil {
 			f.fs.log.trouble("writing the gaps of a file", f.id.ino, err)
 		}
-		if v.Torn() && !f.kept.Swap(true) {
-			f.fs.files.hold(f) // until settleOld finds room for its end
-		}
+		f.keepTorn(v)
 	}
 	f.keepTold()
 	return v.Unprime()
+}
+
+// keepTorn keeps a file whose end is in memory only, until settleOld finds room for it.
+// The caller uses the file.
+func (f *file) keepTorn(v *crypt.File) {
+	if v.Torn() && !f.kept.Swap(true) {
+		f.fs.files.hold(f)
+	}
 }
 
 // keepTold puts the mtime back to what the kernel has. With the writeback cache

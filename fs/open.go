@@ -337,6 +337,7 @@ func (f *file) tryChange(c change, k freshKey) (unused *crypt.Fresh, missing boo
 	unused, err = f.changeLocked(c, k.Fresh)
 	if v := f.view.Load(); v != nil {
 		f.reconsider(v)
+		f.keepTorn(v)
 	}
 	return unused, false, f.because(err)
 }

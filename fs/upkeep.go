@@ -1,6 +1,7 @@
 package fs
 
 import (
+	"errors"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -24,6 +25,8 @@ type upkeep struct {
 	fs      *fileSystem
 	changes atomic.Uint64
 	err     error // of the last sync; of run, and then of finish
+	// torn are files that finish closed though their end was in memory only.
+	torn    map[fileID]bool
 	stop    chan struct{}
 	stopped sync.WaitGroup
 }
@@ -76,7 +79,7 @@ func (u *upkeep) run() {
 // sync makes everything durable.
 func (u *upkeep) sync() {
 	since := time.Now()
-	end := u.beginSync()
+	end, whole := u.beginSync()
 	fd := u.fs.dirs.root.Fd()
 	dir, err := unix.Openat(fd, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0) // syncfs(2) refuses O_PATH
 	if err == nil {
@@ -86,7 +89,7 @@ func (u *upkeep) sync() {
 	end(err)
 	if err != nil {
 		u.fs.log.trouble("syncing the backing store", u.fs.root.id.ino, err)
-	} else if u.fs.opts.Synced != nil {
+	} else if whole && u.fs.opts.Synced != nil {
 		u.fs.opts.Synced(since)
 	}
 	u.err = err
@@ -94,20 +97,22 @@ func (u *upkeep) sync() {
 }
 
 // beginSync says of every file that it is about to be made durable; but not of those
-// that are in use just now.
-func (u *upkeep) beginSync() (end func(error)) {
-	tails := u.fs.opts.Tails
-	if tails == nil {
-		return func(error) {}
-	}
+// that are in use just now, or whose end on disk is a torn one. whole says that there is
+// none of these: else the time goes on that a look after an unclean end goes by.
+func (u *upkeep) beginSync() (end func(error), whole bool) {
 	var ends []func(error)
+	whole = len(u.torn) == 0
 	for _, f := range u.fs.files.allAnd(func(inUse func(fileID) bool) {
-		ends = append(ends, tails.BeginRest(func(i volume.Inode) bool { return inUse(fileID{i.Dev, i.Ino, i.Born}) }))
+		ends = append(ends, u.fs.opts.Tails.BeginRest(func(i volume.Inode) bool {
+			id := fileID{i.Dev, i.Ino, i.Born}
+			return inUse(id) || u.torn[id]
+		}))
 	}) {
 		if v := f.view.Load(); v != nil {
 			if end := v.TryBeginSync(); end != nil {
 				ends = append(ends, end)
 			}
+			whole = whole && !v.Torn()
 		}
 		u.fs.files.release(f)
 	}
@@ -116,7 +121,7 @@ func (u *upkeep) beginSync() (end func(error)) {
 		for i := len(ends) - 1; i >= 0; i-- {
 			ends[i](err)
 		}
-	}
+	}, whole
 }
 
 // settle settles files whose gaps have waited long enough.
@@ -155,6 +160,8 @@ func (f *file) settleOld(now time.Time) {
 // finish settles, syncs and closes what is still open when the mount is gone and
 // no request is left.
 func (u *upkeep) finish() {
+	var unsettled error
+	u.torn = map[fileID]bool{}
 	u.fs.files.drain(func(f *file) {
 		v := f.view.Load()
 		if v == nil {
@@ -163,7 +170,11 @@ func (u *upkeep) finish() {
 		if v.Pending() {
 			if err := f.settleNow(v); err != nil {
 				u.fs.log.trouble("writing the gaps of a file", f.id.ino, err)
+				unsettled = err
 			}
+		}
+		if v.Torn() {
+			u.torn[f.id] = true
 		}
 		if unused := v.Unprime(); unused != nil {
 			u.fs.keys.Return(unused)
@@ -172,5 +183,6 @@ func (u *upkeep) finish() {
 	u.fs.orphans.drain()
 	if !u.fs.opts.ReadOnly {
 		u.sync()
+		u.err = errors.Join(u.err, unsettled)
 	}
 }
