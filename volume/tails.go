@@ -89,7 +89,7 @@ type keptTail struct {
 	slot  int
 	inode Inode
 	tail  crypt.Tail // without records
-	stale bool       // a sync of its file has begun since
+	syncs int        // of its file that have begun since, and go on; a write then needs more
 	freed bool
 
 	ready chan struct{} // closed when it is durable, or err is set
@@ -268,7 +268,7 @@ func (t *Tails) take(inode Inode, tail *crypt.Tail) (e *keptTail, isNew bool, er
 	fails := t.fails
 	for {
 		for _, e := range t.byInode[inode] {
-			if !e.stale && !e.freed && e.tail.Covers(tail) {
+			if e.syncs == 0 && !e.freed && e.tail.Covers(tail) {
 				return e, false, nil
 			}
 		}
@@ -452,20 +452,40 @@ func (t *Tails) BeginRest(isOpen func(Inode) bool) (end func(error)) {
 // staleLocked marks what is kept of a file and adds it to list. mu is held.
 func (t *Tails) staleLocked(list []*keptTail, inode Inode) []*keptTail {
 	for _, e := range t.byInode[inode] {
-		e.stale = true
+		e.syncs++
 		list = append(list, e)
 	}
 	return list
 }
 
+// endSync lets go of what was kept before a sync that ended well. After a failed one
+// what was synced last is what counts, as before.
 func (t *Tails) endSync(list []*keptTail, err error) {
-	if err != nil || len(list) == 0 {
-		return
-	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, e := range list {
-		t.freeLocked(e)
+		e.syncs--
+		if err == nil {
+			t.freeLocked(e)
+		} else if e.syncs == 0 && !e.freed {
+			t.needlessLocked(e)
+		}
+	}
+	t.some.Broadcast()
+}
+
+// needlessLocked lets go of what was kept after e while e did not count: else each failed
+// sync of a file would take a slot for good. mu is held.
+func (t *Tails) needlessLocked(e *keptTail) {
+	list := t.byInode[e.inode]
+	for _, later := range list[slices.Index(list, e)+1:] {
+		select {
+		case <-later.ready:
+			if later.syncs == 0 && e.tail.Covers(&later.tail) {
+				t.freeLocked(later)
+			}
+		default: // it is on its way
+		}
 	}
 }
 

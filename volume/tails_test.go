@@ -85,6 +85,32 @@ func TestTailsWaitForRoom(t *testing.T) {
 	require.Empty(t, tails.free, "ends of files in use were let go")
 }
 
+// TestFailedSyncsTakeNoSlots: a file whose syncs fail, and whose end is kept anew in
+// each, would take all that there are, and wait for itself in the end.
+func TestFailedSyncsTakeNoSlots(t *testing.T) {
+	tails := newTails(&memTails{}, 8192)
+	inode := Inode{Ino: 1}
+	require.NoError(t, tails.Keep(inode, aTail(1)))
+	for range 2 * tailSlots {
+		end := tails.BeginSync(inode)
+		require.NoError(t, tails.Keep(inode, aTail(1))) // while it goes on
+		end(unix.EIO)
+		require.NoError(t, tails.Keep(inode, aTail(1)))
+	}
+	require.Len(t, tails.free, tailSlots-1)
+
+	// What another sync will let go, which goes on still, is not enough.
+	first, second := tails.BeginSync(inode), tails.BeginSync(inode)
+	first(unix.EIO)
+	kept := tails.Stats().Kept
+	require.NoError(t, tails.Keep(inode, aTail(1)))
+	require.Equal(t, kept+1, tails.Stats().Kept)
+	second(nil)
+	require.Len(t, tails.free, tailSlots-1, "the end that was kept last is needed")
+	require.NoError(t, tails.Keep(inode, aTail(1)))
+	require.Equal(t, kept+1, tails.Stats().Kept)
+}
+
 // TestTailThatIsNotDurableIsNone: after a failed sync nothing counts as kept.
 func TestTailThatIsNotDurableIsNone(t *testing.T) {
 	m := &memTails{}
