@@ -2,9 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"sync"
 	"time"
 
+	"kmsfs/crypt"
 	"kmsfs/volume"
 )
 
@@ -13,8 +16,44 @@ type recovery struct {
 	marker *volume.Marker // nil if it had ended well
 	tails  volume.TailRecovery
 	ends   volume.EndRecovery
-	left   bool // bad ends were to be left alone
+	left   bool // bad ends were to be left alone, or there were no keys to look at them
 	marked bool // the volume says that it is mounted
+}
+
+// recoverPatience is how long a mount waits in all for keys that it does not get:
+// thousands of files may have been changed, and each may cost a whole KMS deadline.
+const recoverPatience = 30 * time.Second
+
+var errNoPatience = errors.New("the key service gave no keys for other files: this one waits for the next mount")
+
+// A patientOpener opens keys until it has waited for too long in vain.
+type patientOpener struct {
+	open   volume.KeyOpener
+	limit  time.Duration
+	mu     sync.Mutex
+	vain   time.Duration // guarded by mu; spent on what failed
+	gaveUp bool          // guarded by mu
+}
+
+func (o *patientOpener) Open(ctx context.Context, h *crypt.Header) (*crypt.Secrets, error) {
+	if o.tired() {
+		return nil, errNoPatience
+	}
+	start := time.Now()
+	s, err := o.open(ctx, h)
+	if err != nil {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		o.vain += time.Since(start)
+	}
+	return s, err
+}
+
+func (o *patientOpener) tired() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.gaveUp = o.gaveUp || o.vain > o.limit
+	return o.gaveUp
 }
 
 // recover puts right what an unclean end left, before the kernel learns any size.
@@ -24,7 +63,8 @@ func (m *mounting) recover(ctx context.Context) (err error) {
 		m.warn("%v; files with bad ends are left alone", err)
 		m.log.Warn("files with bad ends are left alone", "err", err)
 	}
-	m.recovery.tails = m.v.RecoverTails(ctx, m.ring.Open)
+	opener := &patientOpener{open: m.ring.Open, limit: recoverPatience}
+	m.recovery.tails = m.v.RecoverTails(ctx, opener.Open)
 	m.logTails(m.recovery.tails)
 	if m.recovery.marker == nil || m.cfg.Mount.ReadOnly {
 		return nil
@@ -39,8 +79,12 @@ func (m *mounting) recover(ctx context.Context) (err error) {
 		m.log.Warn("bad ends of files are left alone, as it was asked for")
 		return nil
 	}
-	m.recovery.ends = m.v.RecoverEnds(ctx, m.recovery.marker.Since, m.ring.Open)
+	m.recovery.ends = m.v.RecoverEnds(ctx, m.recovery.marker.Since, opener.Open)
 	m.logEnds(m.recovery.ends)
+	if opener.tired() {
+		m.recovery.left = true // the next mount looks at the same files
+		m.log.Warn("the key service gave too few keys to look at all files: the next mount does")
+	}
 	// What the last mount wrote last may be in memory only: after this nobody looks.
 	s, err := m.v.OpenSync()
 	if err != nil {
