@@ -321,12 +321,16 @@ func (t *Tails) freeLocked(e *keptTail) {
 		return
 	}
 	e.freed = true
-	var state [4]byte
-	binary.LittleEndian.PutUint32(state[:], tailFree)
-	_, _ = t.f.WriteAt(state[:], t.at(e.slot)) // what stays is put back only where an end is bad
+	t.writeFree(e.slot)
 	t.free = append(t.free, e.slot)
 	t.gone = append(t.gone, e)
 	t.some.Broadcast()
+}
+
+func (t *Tails) writeFree(slot int) {
+	var state [4]byte
+	binary.LittleEndian.PutUint32(state[:], tailFree)
+	_, _ = t.f.WriteAt(state[:], t.at(slot)) // what stays is put back only where an end is bad
 }
 
 // commit makes what was written to the file so far durable. One sync serves all who
@@ -362,6 +366,11 @@ func (t *Tails) commit() error {
 // durable forgets entries that are freed for good. mu is held.
 func (t *Tails) durable(gone []*keptTail, err error) {
 	if err != nil {
+		for _, e := range gone { // fsync(2): the next one need not write again what this one lost
+			if slices.Contains(t.free, e.slot) {
+				t.writeFree(e.slot)
+			}
+		}
 		t.gone = append(gone, t.gone...)
 		return
 	}

@@ -146,6 +146,30 @@ func TestLetGoForGood(t *testing.T) {
 	require.Empty(t, tails.byInode)
 }
 
+// TestLetGoAgainAfterAFailedSync: a sync that fails may have lost what it was to write,
+// and the next one does not try again. Slots in use are not touched.
+func TestLetGoAgainAfterAFailedSync(t *testing.T) {
+	m := &memTails{}
+	tails := newTails(m, 8192)
+	for i := range uint64(2) {
+		require.NoError(t, tails.Keep(Inode{Ino: i}, aTail(1)))
+		tails.BeginSync(Inode{Ino: i})(nil)
+		require.NoError(t, tails.Keep(Inode{Ino: 10 + i}, aTail(1))) // in the same slot
+	}
+	tails.BeginSync(Inode{Ino: 10})(nil)
+	m.fail.Store(true)
+	for range 2 {
+		writes := m.writes.Load()
+		require.ErrorIs(t, tails.Disturb(Inode{Ino: 10}, 0, 1<<40), unix.EIO)
+		require.Equal(t, writes+1, m.writes.Load())
+	}
+	m.fail.Store(false)
+	writes := m.writes.Load()
+	require.NoError(t, tails.Disturb(Inode{Ino: 10}, 0, 1<<40))
+	require.Equal(t, writes, m.writes.Load())
+	require.Len(t, tails.byInode, 1)
+}
+
 // keeping is a backing file whose end is kept.
 type keeping struct {
 	*killable
