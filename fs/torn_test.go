@@ -90,3 +90,16 @@ func TestTornEndOutlivesTheMount(t *testing.T) {
 	w.mount()
 	require.Equal(t, want, w.read("f"))
 }
+
+// Files that are changed when the clock was set back are looked at after an unclean end.
+func TestClockSetBack(t *testing.T) {
+	since := time.Now()
+	_, back := setBack(since, since.Add(time.Second), time.Second)
+	require.False(t, back)
+	stepped := since.Round(0).Add(-time.Hour) // the wall clock alone goes back
+	at, back := setBack(since, stepped, 3*time.Second)
+	require.True(t, back)
+	require.Equal(t, stepped.Add(-3*time.Second), at)
+	_, back = setBack(at, stepped.Add(time.Second), time.Second)
+	require.False(t, back, "once is enough")
+}

@@ -26,7 +26,9 @@ type upkeep struct {
 	changes atomic.Uint64
 	err     error // of the last sync; of run, and then of finish
 	// torn are files that finish closed though their end was in memory only.
-	torn    map[fileID]bool
+	torn map[fileID]bool
+	// since is the time that Synced was told last, or the start; of run, and then of finish.
+	since   time.Time
 	stop    chan struct{}
 	stopped sync.WaitGroup
 }
@@ -36,6 +38,7 @@ func (u *upkeep) changed() { u.changes.Add(1) }
 
 func (u *upkeep) start() {
 	u.stop = make(chan struct{})
+	u.since = time.Now()
 	u.stopped.Add(1)
 	go u.run()
 }
@@ -51,6 +54,7 @@ func (u *upkeep) run() {
 	defer t.Stop()
 	var seen, synced uint64 // changes at the last tick, and at the last sync
 	var quiet, dirty time.Duration
+	looked := time.Now()
 	for {
 		select {
 		case <-u.stop:
@@ -60,6 +64,10 @@ func (u *upkeep) run() {
 			continue
 		case <-t.C:
 		}
+		if since, back := setBack(u.since, time.Now(), time.Since(looked)); back {
+			u.synced(since)
+		}
+		looked = time.Now()
 		now := u.changes.Load()
 		quiet += tick
 		dirty += tick
@@ -89,11 +97,25 @@ func (u *upkeep) sync() {
 	end(err)
 	if err != nil {
 		u.fs.log.trouble("syncing the backing store", u.fs.root.id.ino, err)
-	} else if whole && u.fs.opts.Synced != nil {
-		u.fs.opts.Synced(since)
+	} else if whole {
+		u.synced(since)
 	}
 	u.err = err
 	u.fs.stats.syncs.Add(1)
+}
+
+func (u *upkeep) synced(since time.Time) {
+	u.since = since
+	if u.fs.opts.Synced != nil {
+		u.fs.opts.Synced(since)
+	}
+}
+
+// setBack says that the clock was set back behind a time, and what is no later than the
+// stamps of files since then. The clock was looked at before so long ago.
+func setBack(since, now time.Time, ago time.Duration) (time.Time, bool) {
+	now = now.Round(0) // without the monotonic clock, which Before would go by
+	return now.Add(-ago), now.Before(since.Round(0))
 }
 
 // beginSync says of every file that it is about to be made durable; but not of those
