@@ -279,11 +279,14 @@ type walk struct {
 	over   bool        // nothing more can be foretold
 	score  int         // good guesses less bad ones
 	known  int         // guesses in a row whose key was there already
+	did    []uint64    // directories that the queue has left behind, the last of them
 }
 
 const (
 	firstWindow = 8
 	topScore    = 8
+	// didMost is how many directories are remembered as done.
+	didMost = 256
 )
 
 func newWalk(l *level) *walk {
@@ -366,6 +369,9 @@ func (w *walk) enter(s entry) {
 // climb leaves a directory that is done, for the one above.
 func (w *walk) climb() bool {
 	l := w.top()
+	if w.did = append(w.did, l.ino); len(w.did) > didMost {
+		w.did = w.did[1:]
+	}
 	if len(w.levels) > 1 {
 		w.pop()
 		return true
@@ -461,8 +467,8 @@ func (w *walk) turn(n, dir *node) bool {
 		w.extend()
 		return w.expected(n.id.ino)
 	}
-	if len(w.levels) >= levelsMost {
-		return false
+	if len(w.levels) >= levelsMost || slices.Contains(w.did, dir.id.ino) {
+		return false // or it goes through the same directory once more, as another walk
 	}
 	below, ok := w.fs.levelAfter(dir, n.id.ino, w.top().order)
 	if !ok {

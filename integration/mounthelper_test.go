@@ -17,7 +17,7 @@ func helped(e *harness.Env, v *harness.Volume, options, script string) string {
 	return e.Shell(`unshare --mount --propagation private bash -euo pipefail -c '
 		dir=$1 mnt=$2 root=$3 sbin=$(readlink -f /sbin)
 		# A copy of the mount of another test would keep it alive after its end.
-		findmnt -rno TARGET -t fuse.kmsfs | while read -r other; do umount -l "$other" || true; done
+		{ findmnt -rno TARGET -t fuse.kmsfs || true; } | while read -r other; do umount -l "$other" || true; done
 		mkdir -p "$root/helpers"
 		for name in mount umount; do ln -sf "$(type -P kmsfs)" "$root/helpers/$name.fuse.kmsfs"; done
 		mount -t overlay overlay -o "ro,lowerdir=$root/helpers:$sbin" "$sbin"
