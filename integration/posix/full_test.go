@@ -108,7 +108,7 @@ func TestManyOpenFiles(t *testing.T) {
 	e := harness.New(t)
 	e.Must("key", "create", "one")
 	v := e.Init("volume", "--key", "local:one")
-	e.Shell(`ulimit -Hn 200 -Sn 200; kmsfs mount "$1" "$2"`, v.Dir, v.Mnt)
+	e.Shell(`ulimit -Hn 300 -Sn 300; kmsfs mount "$1" "$2"`, v.Dir, v.Mnt)
 	v.Adopt()
 	var fds []int
 	var err error
