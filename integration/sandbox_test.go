@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -217,7 +218,9 @@ func TestUnitAllowsTheMainJob(t *testing.T) {
 		cp --sparse=always big copy; cmp big copy; flock big true; sync -f big; df . >/dev/null; rm -r renamed hard copy`, v.Mnt)
 	alive()
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true,
-		Dial: func(string, string) (net.Conn, error) { return net.Dial("unix", metrics) }}}
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", metrics)
+		}}}
 	reply, err := client.Get("http://kmsfs/metrics")
 	require.NoError(t, err)
 	text, err := io.ReadAll(reply.Body)

@@ -191,7 +191,7 @@ func TestSharedKeysAreWiped(t *testing.T) {
 	for name, end := range map[string]func(r *Ring){
 		"forget": (*Ring).Forget,
 		"trust":  func(r *Ring) { r.SetTrusted([]string{arnC}); r.SetTrusted([]string{arnA}) },
-		"lock":   func(r *Ring) { r.Lock(); r.Unlock() },
+		"lock":   lockOnce,
 	} {
 		t.Run(name, func(t *testing.T) {
 			sharedTest(t, func(t *testing.T, f *fake, r *Ring) {
