@@ -31,6 +31,7 @@ type flightCall struct {
 	run     func()        // the call itself; set before it starts
 	tries   *attempts     // set before the call starts
 	ahead   bool          // a guess: its failure is nobody's
+	late    bool          // its time is over; set before done is closed
 	waiters int           // guarded by flight.mu; who still wants the result
 	landed  bool          // guarded by flight.mu
 	result  opened        // wiped with the last waiter
@@ -59,10 +60,11 @@ func (f *flight) open(ctx context.Context, h *crypt.Header) (opened, error) {
 			go c.run()
 		}
 		o, err := f.wait(ctx, c, h)
-		if err == nil || !c.ahead || ctx.Err() != nil || f.base.Err() != nil {
+		if err == nil || ctx.Err() != nil || f.base.Err() != nil || !c.ahead && (started || !c.late) {
 			return o, err
 		}
-		// A guess that came to nothing: now it is asked for in earnest.
+		// A guess that came to nothing, or somebody else's time was over, and ours is not:
+		// now it is asked for in earnest.
 	}
 }
 
@@ -130,10 +132,11 @@ func (f *flight) run(base context.Context, id string, c *flightCall, h *crypt.He
 	ctx, cancel := context.WithTimeout(base, f.deadline)
 	defer cancel()
 	result, err := f.next.open(ctx, h)
+	end, _ := ctx.Deadline()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	delete(f.calls, id)
-	c.result, c.err, c.landed = result, err, true
+	c.result, c.err, c.landed, c.late = result, err, true, !time.Now().Before(end)
 	if c.waiters == 0 {
 		c.result.secrets.Wipe()
 	}

@@ -475,26 +475,31 @@ func TestSharedFailureIsNotRemembered(t *testing.T) {
 	require.NoError(t, open(t, r, list[1]))
 }
 
-// TestLateWaiterHasItsOwnTime: who joins a request for the same intermediate key shortly
-// before that is given up has the whole deadline all the same.
+// TestLateWaiterHasItsOwnTime: who joins another's request shortly before that is given
+// up has the whole deadline all the same: for the same intermediate key, or the same file.
 func TestLateWaiterHasItsOwnTime(t *testing.T) {
-	sharedTest(t, func(t *testing.T, f *fake, r *Ring) {
-		list := newHeaders(t, f, 2, arnA)
-		var calls atomic.Int64
-		f.before = func(ctx context.Context, op, key string) error {
-			if calls.Add(1) > 1 {
-				return nil
-			}
-			<-ctx.Done() // KMS is silent until then
-			return contextError(ctx, op, key)
-		}
-		first, second := make(chan error, 1), make(chan error, 1)
-		go func() { first <- open(t, r, list[0]) }()
-		time.Sleep(defaultDeadline - time.Second)
-		go func() { second <- open(t, r, list[1]) }()
-		require.ErrorIs(t, <-first, crypt.ErrKeyTimeout)
-		require.NoError(t, <-second)
+	poolTest(t, 0, func(t *testing.T, f *fake, r *Ring) {
+		h := newHeader(t, f, arnA)
+		lateWaiter(t, f, r, []*crypt.Header{h, h})
 	})
+	sharedTest(t, func(t *testing.T, f *fake, r *Ring) { lateWaiter(t, f, r, newHeaders(t, f, 2, arnA)) })
+}
+
+func lateWaiter(t *testing.T, f *fake, r *Ring, list []*crypt.Header) {
+	var calls atomic.Int64
+	f.before = func(ctx context.Context, op, key string) error {
+		if calls.Add(1) > 1 {
+			return nil
+		}
+		<-ctx.Done() // KMS is silent until then
+		return contextError(ctx, op, key)
+	}
+	first, second := make(chan error, 1), make(chan error, 1)
+	go func() { first <- open(t, r, list[0]) }()
+	time.Sleep(defaultDeadline - time.Second)
+	go func() { second <- open(t, r, list[1]) }()
+	require.ErrorIs(t, <-first, crypt.ErrKeyTimeout)
+	require.NoError(t, <-second)
 }
 
 // TestMemoIsBounded: of more intermediate keys than there is room for, the least recently
