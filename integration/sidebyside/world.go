@@ -18,6 +18,11 @@ type world struct {
 }
 
 func newWorld(parent, logs string) (*world, error) {
+	if logs != "" {
+		if err := os.MkdirAll(logs, 0o755); err != nil {
+			return nil, fmt.Errorf("making the directory for logs: %w", err)
+		}
+	}
 	root, err := os.MkdirTemp(parent, "kmsfs-posix.")
 	if err != nil {
 		return nil, err
