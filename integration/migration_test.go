@@ -435,8 +435,9 @@ func TestRekeyObeysMaxRPS(t *testing.T) {
 
 // TestRekeyKilledAnywhere ends a rekey without a word at random moments, again and
 // again, from one key to the other and back: each time the next run finishes, and
-// every file reads back with the old key out of reach. "make rekey-kills" runs it
-// long.
+// every file reads back with the old key out of reach. Every other moment is one
+// between the first and the last header, whose time is short under a local key: when
+// the header of a file taken at random has the new key. "make rekey-kills" runs it long.
 func TestRekeyKilledAnywhere(t *testing.T) {
 	t.Parallel()
 	heavy(t)
@@ -477,7 +478,8 @@ func killLocal(e *harness.Env) (keys [2]string, reach func(key string, yes bool)
 func killRekeys(t *testing.T, e *harness.Env, keys [2]string, reach func(key string, yes bool), kills, files int) {
 	v := e.Init("volume", "--key", keys[0])
 	v.Mount()
-	path := func(i int) string { return v.Path(fmt.Sprintf("d%d/e%d/f%d", i%17, i%5, i)) }
+	name := func(i int) string { return fmt.Sprintf("d%d/e%d/f%d", i%17, i%5, i) }
+	path := func(i int) string { return v.Path(name(i)) }
 	noise := harness.Noise(6000)
 	want := func(i int) []byte { return noise[i%3000 : i%3000+10+i%2900] }
 	for i := range files {
@@ -490,11 +492,15 @@ func killRekeys(t *testing.T, e *harness.Env, keys [2]string, reach func(key str
 	killed, midway := 0, 0
 	for run := 1; killed < kills || midway == 0 && run < 50; run++ {
 		from, to := keys[run%2], keys[(run+1)%2]
+		wait := func() { time.Sleep(rand.N(whole * 11 / 10)) }
+		if run%2 == 0 {
+			wait = untilKey(v.Stored(name(rand.N(files))), to, 2*whole)
+		}
 		live := run%3 != 0 // mounted or not
 		if !live {
 			v.Umount()
 		}
-		if killAfter(t, e.Command("kmsfs", "rekey", v.Dir, "--to", to, "--yes"), rand.N(whole*11/10)) {
+		if killAfter(t, e.Command("kmsfs", "rekey", v.Dir, "--to", to, "--yes"), wait) {
 			killed++
 		}
 		if counts := v.KeysOf(); counts[from] > 0 && counts[to] > 0 {
@@ -518,10 +524,21 @@ func killRekeys(t *testing.T, e *harness.Env, keys [2]string, reach func(key str
 	require.NotZero(t, midway)
 }
 
+// untilKey returns once a file's header names the key, or after the limit.
+func untilKey(path, key string, limit time.Duration) func() {
+	return func() {
+		for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(20 * time.Microsecond) {
+			if h, err := harness.HeaderOf(path); err == nil && h != nil && h.Copies[0].Key == key {
+				return
+			}
+		}
+	}
+}
+
 // killAfter reports whether the program was still running then.
-func killAfter(t *testing.T, cmd *exec.Cmd, wait time.Duration) bool {
+func killAfter(t *testing.T, cmd *exec.Cmd, wait func()) bool {
 	require.NoError(t, cmd.Start())
-	time.Sleep(wait)
+	wait()
 	_ = cmd.Process.Kill()
 	return cmd.Wait() != nil
 }
