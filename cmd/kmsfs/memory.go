@@ -12,6 +12,14 @@ const (
 	trimBelow = 1 << 20 // bytes allocated since the last look: nothing is going on
 )
 
+// heapFloor is how much is allocated at least between two garbage collections, in bytes:
+// a mount at work holds a few MiB, and would collect them again and again, each time
+// losing go-fuse's pooled buffers of 1 MiB, which are zeroed when they are made anew.
+const heapFloor = 64 << 20
+
+// raiseHeap has the collector count memory that is never touched, and so never resident.
+func raiseHeap() (ballast []byte) { return make([]byte, heapFloor) }
+
 // keepMemorySmall gives memory back to the system when a mount is at rest. The runtime
 // would do so by itself, within minutes.
 func keepMemorySmall(done <-chan struct{}, every time.Duration) {

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -254,6 +255,8 @@ func (m *mounting) mounted(metrics net.Listener) (err error) {
 	if m.server, err = fs.Mount(m.options()); err != nil {
 		return &failure{status: exitMount, err: err, next: mountAdvice(err)}
 	}
+	spareProcessors()
+	defer runtime.KeepAlive(raiseHeap())
 	m.tty = false // from here on nobody can be asked
 	// Somebody may have covered it already: the topmost mount need not be ours.
 	if m.device, err = deviceOf(m.point); err != nil {
