@@ -381,7 +381,7 @@ func TestLockDropsWhatIsAhead(t *testing.T) {
 		_, total = w.gate.count()
 		return total == before
 	})
-	require.ErrorIs(t, openRaw(w.path(list[4]), unix.O_RDONLY), unix.EKEYREVOKED)
+	require.ErrorIs(t, retryEINTR(func() error { return openRaw(w.path(list[4]), unix.O_RDONLY) }), unix.EKEYREVOKED)
 	eventually(t, func() bool { return len(w.srv.fs.ahead.opens) == 0 })
 	_, now := w.gate.count()
 	require.Equal(t, total, now)

@@ -61,8 +61,9 @@
 // The kernel holds locks of its own around requests: a directory's while it
 // creates, renames and unlinks in it, an inode's while it truncates or seeks. So
 // nothing here touches the mount itself. A notification to the kernel is sent
-// from a goroutine that holds no lock; the only handler that waits for one is
-// LSEEK, whose request pins no page (see node.flushBeyond).
+// from a goroutine that holds no lock, and no handler waits for one, with two
+// exceptions: LSEEK, whose request pins no page (see node.flushBeyond), and an OPEN that
+// hands over a small file with file.mu held (whole.go), which no READ asks for.
 //
 // # What the kernel owns
 //

@@ -25,15 +25,15 @@ func (h *handle) view() *crypt.File { return h.f.view.Load() }
 
 // newHandle counts an open and says what the kernel may keep cached: the pages it
 // has, unless the backing file is not what it was when the last handle closed.
-func (n *node) newHandle(f *file, write bool) (*handle, uint32) {
+func (n *node) newHandle(f *file, openFlags uint32) (*handle, uint32) {
 	n.fs.stats.opens.Add(1)
 	f.node.Store(n)
 	var st unix.Statx_t
 	var flags uint32
-	if f.shared() || n.fs.statFd(f.descriptor(), &st) == nil && n.unchanged(&st) {
+	if n.mayHaveWhole(openFlags) && n.handWhole(f) || f.shared() || n.fs.statFd(f.descriptor(), &st) == nil && n.unchanged(&st) {
 		flags = fuse.FOPEN_KEEP_CACHE
 	}
-	return &handle{f: f, n: n, writer: write}, flags
+	return &handle{f: f, n: n, writer: writes(openFlags)}, flags
 }
 
 // shared reports whether others use the file too: then the pages are current.

@@ -43,7 +43,7 @@ func (n *node) Open(ctx context.Context, flags uint32) (fusefs.FileHandle, uint3
 		n.fs.files.release(f)
 		return nil, 0, n.errno("open", err)
 	}
-	h, keep := n.newHandle(f, writes(flags))
+	h, keep := n.newHandle(f, flags)
 	return h, keep, ok
 }
 

@@ -90,7 +90,7 @@ func TestRequestsPerOperation(t *testing.T) {
 	n := log.count()
 	require.Zero(t, n["LOOKUP"]+n["GETATTR"]/4, "%v", n)
 	require.LessOrEqual(t, n["GETXATTR"], 2, "%v", n)
-	each("read", map[string]int{"LOOKUP": 1, "OPEN": 1, "READ": 1, "RELEASE": 1}, func(i int) { w.read(name(i)) })
+	each("read", map[string]int{"LOOKUP": 1, "OPEN": 1, "RELEASE": 1}, func(i int) { w.read(name(i)) })
 	f, err := os.OpenFile(w.path("big"), os.O_CREATE|os.O_RDWR, 0o644)
 	require.NoError(t, err)
 	_, err = f.Write(make([]byte, 16<<20))
