@@ -114,6 +114,7 @@ func (f *file) ready(n *node, want uint32) error {
 		return err
 	}
 	f.install(fd, rw)
+	f.learnTime(fd)
 	return nil
 }
 
@@ -233,10 +234,23 @@ func (f *file) keepTold() {
 	}
 }
 
+// learnTime takes the backing file's mtime for the kernel's, when the file is opened
+// anew: what the kernel kept of earlier changes it sent before their last handle went.
+// Without, a write within one tick of that time would move the backing file's alone: the
+// store gives a file whose time was asked for a finer one.
+func (f *file) learnTime(fd int) {
+	f.timesMu.Lock()
+	defer f.timesMu.Unlock()
+	var st unix.Stat_t
+	if f.told == nil && unix.Fstat(fd, &st) == nil {
+		f.tell(st.Mtim)
+	}
+}
+
 // movedTimes notes a change that moves the backing file's mtime, and that the kernel, if
 // it keeps the times, has set a time for: the same one, if its clock has not ticked.
-func (f *file) movedTimes(kernels bool) {
-	if kernels {
+func (f *file) movedTimes() {
+	if f.fs.opts.Writeback {
 		f.cached.Store(true)
 	}
 }

@@ -2,7 +2,6 @@ package fs
 
 import (
 	"fmt"
-	"math"
 	"os"
 	"slices"
 	"strings"
@@ -57,15 +56,8 @@ func (r *rawFS) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte) (ui
 			return 0, code
 		}
 	}
-	if in.WriteFlags&fuse.WRITE_CACHE != 0 {
-		in.Pid = fromCache
-	}
 	return r.RawFileSystem.Write(cancel, in, data)
 }
-
-// fromCache stands in a WRITE for the process, which is none, when the kernel
-// writes out pages that it held back: the node API shows no flags.
-const fromCache = math.MaxUint32
 
 // Writev is what the server calls for every WRITE.
 func (r *rawFS) Writev(cancel <-chan struct{}, in *fuse.WriteIn, data [][]byte) (uint32, fuse.Status) {

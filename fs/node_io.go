@@ -25,14 +25,13 @@ func (n *node) Read(_ context.Context, fh fusefs.FileHandle, dest []byte, off in
 var _ = (fusefs.NodeWriter)((*node)(nil))
 
 // Write encrypts and stores.
-func (n *node) Write(ctx context.Context, fh fusefs.FileHandle, data []byte, off int64) (uint32, syscall.Errno) {
+func (n *node) Write(_ context.Context, fh fusefs.FileHandle, data []byte, off int64) (uint32, syscall.Errno) {
 	h := handleOf(fh)
 	if h == nil {
 		return 0, syscall.EBADF
 	}
 	done, err := h.write(data, off)
-	c, is := ctx.(*fuse.Context)
-	h.f.movedTimes(n.fs.opts.Writeback || is && c.Pid == fromCache) // of O_DIRECT too
+	h.f.movedTimes() // past the cache, too
 	if done > 0 && err != nil && !n.fs.opts.Writeback {
 		err = nil // a short write; the next one gets the error
 	}
@@ -87,7 +86,7 @@ func (n *node) Allocate(ctx context.Context, fh fusefs.FileHandle, off, size uin
 		return syscall.EFBIG
 	}
 	err := h.allocate(int64(off), int64(size), mode)
-	h.f.movedTimes(n.fs.opts.Writeback)
+	h.f.movedTimes()
 	if err == nil {
 		err = h.killFor(ctx)
 	}
@@ -116,7 +115,7 @@ func (n *node) CopyFileRange(ctx context.Context, fhIn fusefs.FileHandle, offIn 
 		return 0, syscall.EINVAL
 	}
 	done, err := from.copyTo(ctx, int64(offIn), to, int64(offOut), int64(min(size, copyMax)))
-	to.f.movedTimes(n.fs.opts.Writeback)
+	to.f.movedTimes()
 	if err == nil && done > 0 {
 		err = to.killFor(ctx)
 	}

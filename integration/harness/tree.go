@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sync/errgroup"
@@ -44,7 +43,6 @@ type Ignore uint
 const (
 	Mtime Ignore = 1 << iota
 	Owner
-	MtimeTick // differences below a tick of the kernel's coarse clock
 )
 
 // Snapshot reads a whole tree: every byte and every attribute. It reads several
@@ -186,7 +184,7 @@ func differ(path string, x, y Entry, ignore Ignore) (diff []string) {
 		note("owner", x.UID, y.UID)
 		note("group", x.GID, y.GID)
 	}
-	if ignore&Mtime == 0 && !(ignore&MtimeTick != 0 && max(x.Mtime-y.Mtime, y.Mtime-x.Mtime) < int64(20*time.Millisecond)) {
+	if ignore&Mtime == 0 {
 		note("mtime", x.Mtime, y.Mtime)
 	}
 	note("size", x.Size, y.Size)

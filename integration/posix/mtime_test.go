@@ -1,6 +1,7 @@
 package posix
 
 import (
+	"errors"
 	"fmt"
 	"testing"
 
@@ -47,6 +48,45 @@ func TestTimesOutlastRemount(t *testing.T) {
 			require.NoError(t, unix.Close(fd))
 		}
 	}
+	holdsOverRemount(t, v)
+}
+
+// TestTimesOfReopened: what is opened anew within that tick, to write or to be emptied,
+// keeps the kernel's time as well.
+func TestTimesOfReopened(t *testing.T) {
+	e := harness.New(t)
+	v := volume(t, e, "volume")
+	page := alignedPages(1)
+	ops := map[string]func(path string) error{
+		"written": func(path string) error { return writeAgain(path, unix.O_WRONLY, []byte("x")) },
+		"direct":  func(path string) error { return writeAgain(path, unix.O_WRONLY|unix.O_DIRECT, page) },
+		"emptied": func(path string) error { return writeAgain(path, unix.O_RDONLY|unix.O_TRUNC, nil) },
+		"anew":    func(path string) error { return writeAgain(path, unix.O_WRONLY|unix.O_TRUNC, nil) },
+	}
+	for name, op := range sorted(ops) {
+		for i := range 200 {
+			path := v.Path(fmt.Sprint(name, i))
+			require.NoError(t, writeAgain(path, unix.O_WRONLY|unix.O_CREAT, []byte("some")))
+			require.NoError(t, op(path), name)
+		}
+	}
+	holdsOverRemount(t, v)
+}
+
+// writeAgain opens a file, writes what there is to write, and closes it.
+func writeAgain(path string, flags int, data []byte) error {
+	fd, err := harness.Open(path, flags, 0o600)
+	if err != nil {
+		return err
+	}
+	if data != nil {
+		_, err = unix.Pwrite(fd, data, 0)
+	}
+	return errors.Join(err, unix.Close(fd))
+}
+
+func holdsOverRemount(t *testing.T, v *harness.Volume) {
+	t.Helper()
 	before := harness.Snapshot(t, v.Mnt)
 	v.Remount()
 	before.Holds(t, v.Mnt)
