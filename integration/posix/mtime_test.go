@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -90,4 +91,29 @@ func holdsOverRemount(t *testing.T, v *harness.Volume) {
 	before := harness.Snapshot(t, v.Mnt)
 	v.Remount()
 	before.Holds(t, v.Mnt)
+}
+
+// TestTimeOfMappingWithoutCache: where the kernel keeps no times, what a mapping stored
+// moves the mtime when it is written out, and the end of the handle does not undo that.
+func TestTimeOfMappingWithoutCache(t *testing.T) {
+	e := harness.New(t)
+	e.Must("key", "create", "one")
+	v := e.Init("volume", "--key", "local:one")
+	v.Options("-o", "writeback=off")
+	v.Mount()
+	fd, err := harness.Open(v.Path("file"), unix.O_RDWR|unix.O_CREAT, 0o600)
+	require.NoError(t, err)
+	_, err = unix.Pwrite(fd, make([]byte, 4096), 0)
+	require.NoError(t, err)
+	var before, after unix.Stat_t
+	require.NoError(t, unix.Stat(v.Stored("file"), &before))
+	m, err := unix.Mmap(fd, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	require.NoError(t, err)
+	time.Sleep(20 * time.Millisecond) // longer than a tick
+	m[0] = 'x'
+	require.NoError(t, errors.Join(unix.Munmap(m), unix.Close(fd)))
+	require.True(t, harness.Eventually(10*time.Second, func() bool {
+		require.NoError(t, unix.Stat(v.Stored("file"), &after))
+		return after.Mtim.Nano() > before.Mtim.Nano()
+	}), "the time of the store was lost: %v, before it %v", after.Mtim, before.Mtim)
 }
