@@ -157,13 +157,18 @@ func TestRemount(t *testing.T) {
 		findmnt -no OPTIONS "$mnt" | sed "s/,user_id.*//"
 		mount -o remount,rw "$mnt"
 		findmnt -no OPTIONS "$mnt" | sed "s/,user_id.*//"
+		for options in noexec ro noatime rw exec,suid; do
+			kmsfs mount "$dir" "$mnt" -o "remount,$options"
+			findmnt -no OPTIONS "$mnt" | sed "s/,user_id.*//"
+		done
 		exec 3>>"$mnt/file"
 		refused umount "$mnt" >/dev/null
 		umount -l "$mnt"
 		refused mountpoint -q "$mnt"
 		echo after >&3
 		exec 3>&-`)
-	require.Equal(t, "before\nrw\nnosuid\nnodev\nnoexec\nro,noexec,relatime\nrw,nodev,relatime\nrw,nodev,relatime\n", said)
+	require.Equal(t, "before\nrw\nnosuid\nnodev\nnoexec\nro,noexec,relatime\nrw,nodev,relatime\nrw,nodev,relatime\n"+
+		"rw,nodev,noexec,relatime\nro,nodev,noexec,relatime\nro,nodev,noexec,noatime\nrw,nodev,noexec,noatime\nrw,nodev,noatime\n", said)
 	require.Eventually(t, func() bool { return len(v.Daemons()) == 0 }, time.Minute, 50*time.Millisecond, "the last user of a detached mount is gone")
 	v.Mount()
 	require.Equal(t, "before\nafter\n", e.Do("cat", v.Path("file")))

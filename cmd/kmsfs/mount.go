@@ -63,7 +63,8 @@ writeback=on|off, tail_save=on|off, lease=DURATION, grace=DURATION, idle_unmount
 attr_timeout=DURATION, entry_timeout=DURATION, kms_deadline=DURATION,
 create_wait=DURATION, cache_age=DURATION, cache_keys=N,
 pool=N, prefetch=N, metrics=ADDR, noexec, noatime. Each stands in the configuration
-file too. With remount the options ro, rw, noexec, noatime and the like of a mount are changed.
+file too. With remount the options ro, rw, noexec, noatime and the like of a mount are
+changed, and what is not named (rw or ro, exec or noexec, and so on) stays.
 
 A link of the name /sbin/mount.fuse.kmsfs to kmsfs, and one of /sbin/umount.fuse.kmsfs,
 let mount(8), umount(8), /etc/fstab and systemd handle volumes:

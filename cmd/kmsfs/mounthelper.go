@@ -66,7 +66,11 @@ func askedByMount(args []string) ([]string, error) {
 	}
 	command := []string{"mount"}
 	var rest []string
-	for _, o := range strings.Split(strings.Join(*options, ","), ",") {
+	words := strings.Split(strings.Join(*options, ","), ",")
+	if slices.Contains(words, "remount") && !slices.Contains(words, "noexec") {
+		rest = []string{"exec"} // mount(8) gives all that stays, and never names this
+	}
+	for _, o := range words {
 		if flag, is := flagOption(o); is {
 			command = append(command, flag)
 		} else {
@@ -158,16 +162,22 @@ func (p *program) remount(ctx context.Context, f *mountFlags, arg string) error 
 	return nil
 }
 
-// remountTo are the flags that a mount gets. What mount(8) does not name is off, but for
-// suid and dev, which it never names: they stay as they are unless somebody says so.
+// remountTo are the flags that a mount gets: what forbids something stays until its
+// opposite is named. (mount(8) names neither suid nor dev, so through it they stay as
+// they are; for exec its helper speaks.) Times not named stay by themselves.
 func remountTo(point string, options []string) (flags uintptr, err error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(point, &st); err != nil {
 		return 0, os.NewSyscallError("statfs", err)
 	}
-	flags = unix.MS_REMOUNT | uintptr(st.Flags)&(unix.MS_NOSUID|unix.MS_NODEV) // ST_NOSUID and ST_NODEV are the same bits
+	const forbidding = unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+	flags = unix.MS_REMOUNT | uintptr(st.Flags)&forbidding // ST_RDONLY and so on are the same bits
 	for _, o := range options {
 		switch o {
+		case "rw":
+			flags &^= unix.MS_RDONLY
+		case "exec":
+			flags &^= unix.MS_NOEXEC
 		case "suid", "allow_suid":
 			flags &^= unix.MS_NOSUID
 		case "dev", "allow_dev":

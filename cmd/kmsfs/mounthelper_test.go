@@ -16,6 +16,8 @@ func TestAsked(t *testing.T) {
 		"/sbin/mount.fuse.kmsfs /c /m -o rw": "mount -o rw -- /c /m",
 		"/sbin/mount.fuse.kmsfs /c /m -s -n -v -o ro,suid -t fuse.kmsfs": "mount -o ro,suid -- /c /m",
 		"mount.fuse.kmsfs /c /m -o rw -o noatime":                        "mount -o rw,noatime -- /c /m",
+		"mount.fuse.kmsfs /c /m -o rw,remount":                           "mount -o exec,rw,remount -- /c /m",
+		"mount.fuse.kmsfs /c /m -o rw,noexec,remount":                    "mount -o rw,noexec,remount -- /c /m",
 		"mount.fuse.kmsfs -- -c -m":                                      "mount -o  -- -c -m",
 		"mount.fuse.kmsfs /c /m -o key=local:a,rw,key=local:b,accept_new,accept_key=local:c,config=/f,log_file=/l": "mount --key=local:a --key=local:b --accept-new --accept-key=local:c --config=/f --log-file=/l -o rw -- /c /m",
 		"umount.fuse.kmsfs /m":                        "umount -- /m",
