@@ -14,6 +14,7 @@ import (
 
 var scenes = []scene{
 	{name: "renames", play: renames},
+	{name: "moved", play: movedBeneath},
 	{name: "unlinked", play: unlinked},
 	{name: "tmpfile", play: tmpfile},
 	{name: "links", play: links},
@@ -95,6 +96,35 @@ func (s *stage) rename(what string, from, to func(string) error, pair [2]string,
 		s.say("%s is %o nlink %d rdev %d size %d", what, st.Mode, st.Nlink, st.Rdev, sizeOf(&st))
 	}
 	require.NoError(s.t, os.RemoveAll(s.path(dir)))
+}
+
+// movedBeneath renames directories under an open file, an open directory and a directory
+// in them that others stand in, and goes on with each.
+func movedBeneath(s *stage) {
+	require.NoError(s.t, os.MkdirAll(s.path("a", "b", "c"), 0o755))
+	require.NoError(s.t, os.MkdirAll(s.path("other", "b"), 0o755))
+	s.write("a/b/c/f", "before")
+	file, dir := s.open("a/b/c/f", unix.O_RDWR|unix.O_APPEND, 0), s.open("a/b/c", unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	before := s.ino("a/b/c/f")
+	for i, move := range []struct {
+		from, to string
+		flags    uint
+	}{{"a", "z", 0}, {"z/b", "other/moved", 0}, {"other/moved", "z", unix.RENAME_EXCHANGE}, {"z/c", strings.Repeat("long", 60), 0}} {
+		what := fmt.Sprintf("move %d", i)
+		s.ends(what, unix.Renameat2(unix.AT_FDCWD, s.path(move.from), unix.AT_FDCWD, s.path(move.to), move.flags))
+		_, err := unix.Write(file, fmt.Append(nil, i))
+		s.ends(what+" write", err)
+		s.ends(what+" new beside it", unix.Mkdirat(dir, fmt.Sprint("new", i), 0o755))
+		s.ends(what+" link", unix.Linkat(dir, "f", dir, fmt.Sprint("link", i), 0))
+		s.ends(what+" rename up", unix.Renameat(dir, fmt.Sprint("link", i), dir, "../up"))
+		s.ends(what+" unlink up", unix.Unlinkat(dir, "../up", 0))
+		var st unix.Stat_t
+		s.ends(what+" stat", unix.Fstatat(dir, "f", &st, 0))
+		s.say("%s: the same %v, size %d", what, st.Ino == before, st.Size)
+		s.ends(what+" by the old name", unix.Lstat(s.path("a", "b", "c", "f"), &st))
+	}
+	s.stat("the file", file)
+	s.tree("in the end")
 }
 
 // unlinked does all that can be done with what has no name any more.
