@@ -198,6 +198,14 @@ func (v vault) prime(t testing.TB, f *File, blockSize int) {
 // open opens the backing file as a new process would.
 func (v vault) open(t testing.TB, m *memBacking, blockSize int) *File {
 	t.Helper()
+	f := v.reopen(t, m, blockSize)
+	t.Cleanup(f.Close)
+	return f
+}
+
+// reopen is open for who opens so many in one test that he has to close them himself.
+func (v vault) reopen(t testing.TB, m *memBacking, blockSize int) *File {
+	t.Helper()
 	var s *Secrets
 	if len(m.data) > 0 {
 		h, err := ParseHeader(m.header)
@@ -207,7 +215,6 @@ func (v vault) open(t testing.TB, m *memBacking, blockSize int) *File {
 	}
 	f, err := NewFile(m, blockSize, int64(len(m.data)), s)
 	require.NoError(t, err)
-	t.Cleanup(f.Close)
 	return f
 }
 
