@@ -149,12 +149,21 @@ type keeper struct {
 	kept   []*keptTail // guarded by mu
 	onSync func()      // happens while the file is being made durable
 	noCut  bool        // truncations fail
+	unread int         // counts down to the read that fails
+}
+
+func (k *keeper) ReadAt(p []byte, off int64) (int, error) {
+	if k.unread--; k.unread == 0 {
+		return 0, syscall.EIO
+	}
+	return k.recorder.ReadAt(p, off)
 }
 
 type keptTail struct {
 	op         // opKeep
 	stale bool // a sync has begun since
-	freed bool // and ended well
+	lost  bool // and failed
+	freed bool // or ended well
 }
 
 func newKeeper() *keeper { return &keeper{recorder: newRecorder(0, 0)} }
@@ -183,19 +192,23 @@ func (k *keeper) Disturb(from, to int64) error {
 	return nil
 }
 
-func (k *keeper) BeginSync() func(error) {
+func (k *keeper) BeginSync(again func(off int64) bool) func(error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	var stale []*keptTail
 	for _, e := range k.kept {
 		e.stale = true
+		if e.lost && !e.freed {
+			e.lost = !again(e.tail.Off)
+		}
 		if !e.freed {
 			stale = append(stale, e)
 		}
 	}
 	return func(err error) {
 		for _, e := range stale {
-			if err == nil && !e.freed {
+			e.lost = e.lost || err != nil
+			if !e.lost && !e.freed {
 				e.freed = true
 				k.record(op{kind: opFree, slot: e.slot})
 			}
@@ -905,6 +918,30 @@ func TestFailedCutCoversNothing(t *testing.T) {
 	}
 }
 
+// TestUnreadNewEndIsNoDamage: a store that does not give the record that a cut will end in
+// makes the cut fail with its own error, and changes nothing.
+func TestUnreadNewEndIsNoDamage(t *testing.T) {
+	k := newKeeper()
+	s := newKeptStory(t, k)
+	s.write(0, 3*bs+100)
+	s.sync()
+	for at := 1; ; at++ {
+		k.unread = at
+		err := s.f.Truncate(bs + 100)
+		if k.unread > 0 { // it has fewer reads
+			require.NoError(t, err)
+			require.Greater(t, at, 1)
+			break
+		}
+		require.ErrorIs(t, err, syscall.EIO)
+		require.NotErrorIs(t, err, ErrDamaged)
+		require.Equal(t, s.last(), readAll(t, s.f))
+	}
+	k.unread = 0
+	s.truncate(bs + 100)
+	require.Equal(t, s.last(), readAll(t, s.f))
+}
+
 // TestEndsThatWereLetGoStayAway: an end that was let go, and that a power cut may bring
 // back, is not put back where a later write tore the record at its place.
 func TestEndsThatWereLetGoStayAway(t *testing.T) {
@@ -944,6 +981,122 @@ func TestEndsThatWereLetGoStayAway(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A forgetful store is one whose sync fails as Linux does: of each write since the one
+// before only the first half reached the disk, and all count as written from then on.
+type forgetful struct {
+	*keeper
+	disk  *memBacking // what is durable
+	done  int         // so many things that were recorded are, or are given up
+	fails bool
+}
+
+func (f *forgetful) Sync() error {
+	for _, o := range f.ops[f.done:] {
+		if f.fails && o.kind == opWrite {
+			o.data = o.data[:len(o.data)/2]
+		}
+		f.disk.apply(o)
+	}
+	f.done = len(f.ops)
+	if f.fails {
+		return syscall.EIO
+	}
+	return nil
+}
+
+// forgetfulLog is a file of 100 synced bytes that grew by 150 when a sync failed.
+func forgetfulLog(t *testing.T) (*story, *forgetful) {
+	k := newKeeper()
+	b := &forgetful{keeper: k, disk: newMem()}
+	s := newStoryOn(t, k.recorder, b)
+	s.write(0, 100)
+	s.sync()
+	s.append(150)
+	b.fails = true
+	require.ErrorIs(t, s.f.Sync(), syscall.EIO)
+	b.fails = false
+	return s, b
+}
+
+// afterPowerCut is what the next mount makes of the disk.
+func (f *forgetful) afterPowerCut(s *story) []byte {
+	var tails []Tail
+	for _, e := range slices.Backward(f.kept) {
+		if !e.freed {
+			tails = append(tails, e.tail)
+		}
+	}
+	disk := f.disk.clone()
+	s.recover(disk, tails)
+	again := s.v.open(s.t, disk, bs)
+	require.NoError(s.t, again.EndErr())
+	return readAll(s.t, again)
+}
+
+// requireSynced: the first 100 bytes are there, and if more is, it is what was written.
+func (f *forgetful) requireSynced(s *story) {
+	s.t.Helper()
+	got := f.afterPowerCut(s)
+	require.GreaterOrEqual(s.t, len(got), 100)
+	require.True(s.t, bytes.HasPrefix(s.last(), got))
+}
+
+// TestFailedSyncIsMadeGood: a sync that ends well after one that failed makes durable what
+// the first one lost of the end. Before, between and after the two the bytes that had been
+// synced stay.
+func TestFailedSyncIsMadeGood(t *testing.T) {
+	s, b := forgetfulLog(t)
+	b.requireSynced(s)
+	require.NoError(t, s.f.Sync())
+	require.Equal(t, s.last(), b.afterPowerCut(s))
+	require.True(t, b.kept[0].freed)
+
+	s, b = forgetfulLog(t)
+	b.fails = true
+	s.append(2 * bs)
+	require.ErrorIs(t, s.f.Sync(), syscall.EIO)
+	b.fails = false
+	require.NoError(t, s.f.Sync())
+	require.Equal(t, s.last(), b.afterPowerCut(s))
+
+	s, b = forgetfulLog(t) // the file goes on to grow, and a sync of all comes first
+	s.append(2 * bs)
+	end := s.f.TryBeginSync()
+	require.NoError(t, b.Sync())
+	end(nil)
+	require.Equal(t, s.last(), b.afterPowerCut(s))
+}
+
+// TestLostEndStaysKept: if the store has thrown away what it could not write, or there are
+// no keys to tell, a sync that ends well lets go of nothing.
+func TestLostEndStaysKept(t *testing.T) {
+	for name, lose := range map[string]func(s *story, b *forgetful){
+		"read from the disk again": func(_ *story, b *forgetful) { clear(b.data[len(b.data)/2:]) },
+		"no keys":                  func(s *story, _ *forgetful) { s.f.Suspend() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, b := forgetfulLog(t)
+			lose(s, b)
+			require.NoError(t, b.SyncOf(s.f))
+			require.False(t, b.kept[0].freed)
+			b.requireSynced(s)
+		})
+	}
+}
+
+// SyncOf is fsync(2) of a file with nothing pending.
+func (f *forgetful) SyncOf(v *File) error { return v.SyncBy(f.Sync) }
+
+// TestRecoveryWritesAgain: after a mount was killed whose sync had failed, only memory may
+// have the end that its successor finds good.
+func TestRecoveryWritesAgain(t *testing.T) {
+	s, b := forgetfulLog(t)
+	_, err := RecoverTails(b, bs, int64(len(b.data)), s.v[s.f.Identity().File], []Tail{b.kept[0].tail})
+	require.NoError(t, err)
+	b.kept = nil
+	require.Equal(t, s.last(), b.afterPowerCut(s))
 }
 
 // TestTornEndIsNotSynced: while the end is in memory only, no sync makes the torn one

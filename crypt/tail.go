@@ -22,7 +22,10 @@ type TailKeeper interface {
 	// BeginSync says that all that was written so far is about to be made durable:
 	// what is written from now on needs a tail kept after it. No write is under way.
 	// end is told how it went, and whether what was kept before may be forgotten.
-	BeginSync() (end func(error))
+	// That is so after a sync that failed only if again, asked for the stored offset of
+	// each tail, has written anew what stands there: fsync(2) takes what it could not
+	// write for written, and the next one ends well without it.
+	BeginSync(again func(off int64) bool) (end func(error))
 }
 
 // A Tail is how a stored file ended at some time: one record or two from Off to the
@@ -113,8 +116,12 @@ func (f *File) guardCut(c *sealer, size, old int64) error {
 		return err
 	}
 	records := make([]byte, f.l.record, f.l.record+RecordOverhead)
-	if n, err := f.b.ReadAt(records, f.l.offset(block)); n < len(records) {
-		return fmt.Errorf("reading the record of the new end (%v): %w", err, ErrDamaged)
+	n, err := f.b.ReadAt(records, f.l.offset(block))
+	if n < len(records) && (err == nil || err == io.EOF) {
+		err = ErrDamaged
+	}
+	if n < len(records) {
+		return fmt.Errorf("reading the record of the new end: %w", err)
 	}
 	if err := f.saveTail(block, r.seal(records, block+1, nil), true); err != nil {
 		return err
@@ -163,7 +170,35 @@ func (f *File) beginSync() (end func(error), keep func(), err error) {
 		era := f.era
 		keep = func() { f.keepNext(next, era) }
 	}
-	return f.tails.BeginSync(), keep, nil
+	return f.tails.BeginSync(f.putAgain), keep, nil
+}
+
+// putAgain hands the block at a stored offset, and what was appended since, to the store
+// once more. It reports whether that was done for the block: never if it is not authentic,
+// for the store may have thrown away what it could not write. shape is held exclusively.
+func (f *File) putAgain(off int64) bool {
+	stored := f.l.stored(f.size.Load())
+	if stored <= off {
+		return true // cut off since
+	}
+	if f.suspended || f.EndErr() != nil || !f.againAt(off, stored) {
+		return false
+	}
+	for off += f.l.record; off < stored; off += f.l.record {
+		f.againAt(off, stored) // gaps are not authentic
+	}
+	return true
+}
+
+// againAt writes one authentic record as it stands in a file of stored bytes.
+func (f *File) againAt(off, stored int64) bool {
+	block := off / f.l.record
+	record := make([]byte, min(f.l.record, stored-off))
+	if n, _ := f.b.ReadAt(record, off); n < len(record) || n < RecordOverhead {
+		return false
+	}
+	c := f.cipher.Load()
+	return f.open(c.opener(), make([]byte, len(record)-RecordOverhead), block, record) == nil && f.putCopy(record, block) == nil
 }
 
 // startEra says that what is kept from now on is newer. shape is held exclusively.
@@ -193,14 +228,15 @@ func (f *File) TryBeginSync() (end func(error)) {
 		return nil
 	}
 	f.startEra()
-	return f.tails.BeginSync()
+	return f.tails.BeginSync(f.putAgain)
 }
 
 // RecoverTails puts back what was kept of the end of the file b, of stored bytes, where
 // a power cut left neither the old end nor a new one. tails are the newest first; the
 // last synced state is among them, if anything was written at the end since. It reports
 // whether anything was put back. In any case the file is durable when it returns
-// without an error, so that nobody needs tails any more.
+// without an error, so that nobody needs tails any more: what is good is written again
+// as it is, since a sync of the mount before may have failed, and only memory have it.
 //
 // What is put back authenticates under the file's key. A forged tail does no more than
 // whoever could write an old one into the backing file himself.
@@ -235,6 +271,9 @@ func (f *File) recoverTail(t *Tail, id FileID, stored int64) (after int64, err e
 	}
 	c := f.cipher.Load()
 	good, err := f.isWhole(c, t.Off, stored)
+	if err == nil && good && f.EndErr() == nil && !f.putAgain(t.Off) {
+		err = fmt.Errorf("writing the end of the file again: %w", io.ErrShortWrite)
+	}
 	if err != nil || good && f.EndErr() == nil {
 		return 0, err
 	}

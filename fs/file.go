@@ -313,7 +313,9 @@ func (k keepingStore) Disturb(from, to int64) error {
 	return k.f.fs.opts.Tails.Disturb(k.inode(), from, to)
 }
 
-func (k keepingStore) BeginSync() func(error) { return k.f.fs.opts.Tails.BeginSync(k.inode()) }
+func (k keepingStore) BeginSync(again func(off int64) bool) func(error) {
+	return k.f.fs.opts.Tails.BeginSync(k.inode(), again)
+}
 
 func (s *store) inode() volume.Inode { return s.f.id.inode() }
 

@@ -90,6 +90,8 @@ type keptTail struct {
 	inode Inode
 	tail  crypt.Tail // without records
 	syncs int        // of its file that have begun since, and go on; a write then needs more
+	lost  bool       // one failed: what was written there since may be gone, whatever later ones say
+	past  bool       // one ended well: it goes when those end that were under way then
 	freed bool
 
 	ready chan struct{} // closed when it is durable, or err is set
@@ -422,14 +424,38 @@ func (t *Tails) disturbs(inode Inode, from, to int64) (found bool) {
 }
 
 // BeginSync is crypt.TailKeeper's for one file.
-func (t *Tails) BeginSync(inode Inode) (end func(error)) {
+func (t *Tails) BeginSync(inode Inode, again func(off int64) bool) (end func(error)) {
 	if t == nil {
 		return func(error) {}
 	}
+	t.writeAgain(inode, again)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	list := t.staleLocked(nil, inode)
 	return func(err error) { t.endSync(list, err) }
+}
+
+// writeAgain has what stands in the place of lost ends written anew.
+func (t *Tails) writeAgain(inode Inode, again func(off int64) bool) {
+	for _, e := range t.lostOf(inode) {
+		if !again(e.tail.Off) {
+			continue
+		}
+		t.mu.Lock()
+		e.lost = false
+		t.mu.Unlock()
+	}
+}
+
+func (t *Tails) lostOf(inode Inode) (list []*keptTail) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, e := range t.byInode[inode] {
+		if e.lost && !e.freed && e.syncs == 0 {
+			list = append(list, e)
+		}
+	}
+	return list
 }
 
 // BeginRest is BeginSync for all files at once but those that isOpen. No write to one
@@ -450,6 +476,9 @@ func (t *Tails) BeginRest(isOpen func(Inode) bool) (end func(error)) {
 		t.endSync(list, err)
 		t.mu.Lock()
 		defer t.mu.Unlock()
+		if err == nil && t.allLost() {
+			err = errors.New("a sync failed, and since then those files were not written again: unmount and mount again")
+		}
 		if err != nil {
 			t.failed = fmt.Errorf("no room to keep the ends of files, since the backing store can't be synced: %w", err)
 			t.fails++
@@ -458,25 +487,48 @@ func (t *Tails) BeginRest(isOpen func(Inode) bool) (end func(error)) {
 	}
 }
 
+// allLost reports whether no slot will get free by any sync. mu is held.
+func (t *Tails) allLost() bool {
+	if len(t.free) > 0 {
+		return false
+	}
+	for _, list := range t.byInode {
+		for _, e := range list {
+			if !e.lost && !e.freed {
+				return false
+			}
+		}
+	}
+	return true
+}
+
 // staleLocked marks what is kept of a file and adds it to list. mu is held.
 func (t *Tails) staleLocked(list []*keptTail, inode Inode) []*keptTail {
 	for _, e := range t.byInode[inode] {
-		e.syncs++
-		list = append(list, e)
+		if !e.past {
+			e.syncs++
+			list = append(list, e)
+		}
 	}
 	return list
 }
 
 // endSync lets go of what was kept before a sync that ended well. After a failed one
-// what was synced last is what counts, as before.
+// what was synced last is what counts, as before; and it counts for longer, since another
+// sync that ends well need not have written what this one lost (fsync(2)).
 func (t *Tails) endSync(list []*keptTail, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, e := range list {
 		e.syncs--
-		if err == nil {
+		e.lost = e.lost || err != nil
+		e.past = !e.lost
+		if e.syncs > 0 || e.freed {
+			continue
+		}
+		if e.past {
 			t.freeLocked(e)
-		} else if e.syncs == 0 && !e.freed {
+		} else {
 			t.needlessLocked(e)
 		}
 	}

@@ -43,6 +43,9 @@ func aTail(n byte) crypt.Tail {
 	return crypt.Tail{File: crypt.FileID{n}, Off: 4128, Records: bytes.Repeat([]byte{n}, 132)}
 }
 
+// nowhere is of a file that can't be written again.
+func nowhere(int64) bool { return false }
+
 // TestTailsShareASync: those who keep an end while a sync goes on wait for one more,
 // and for one only.
 func TestTailsShareASync(t *testing.T) {
@@ -72,11 +75,12 @@ func TestTailsWaitForRoom(t *testing.T) {
 	for i := range tailSlots {
 		require.NoError(t, tails.Keep(Inode{Ino: uint64(i)}, aTail(1)))
 	}
-	for _, fail := range []error{unix.EIO, nil} {
+	for i, fail := range []error{unix.EIO, nil} {
+		closed := uint64(10 * (i + 1)) // what the first sync lost, the second does not let go
 		kept := make(chan error)
 		go func() { kept <- tails.Keep(Inode{Ino: 1000}, aTail(1)) }()
 		<-tails.Full()
-		tails.BeginRest(func(i Inode) bool { return i.Ino >= 10 })(fail)
+		tails.BeginRest(func(i Inode) bool { return i.Ino >= closed })(fail)
 		require.ErrorIs(t, <-kept, fail)
 	}
 	for i := range 9 { // the others that were freed
@@ -92,7 +96,7 @@ func TestFailedSyncsTakeNoSlots(t *testing.T) {
 	inode := Inode{Ino: 1}
 	require.NoError(t, tails.Keep(inode, aTail(1)))
 	for range 2 * tailSlots {
-		end := tails.BeginSync(inode)
+		end := tails.BeginSync(inode, nowhere)
 		require.NoError(t, tails.Keep(inode, aTail(1))) // while it goes on
 		end(unix.EIO)
 		require.NoError(t, tails.Keep(inode, aTail(1)))
@@ -100,7 +104,7 @@ func TestFailedSyncsTakeNoSlots(t *testing.T) {
 	require.Len(t, tails.free, tailSlots-1)
 
 	// What another sync will let go, which goes on still, is not enough.
-	first, second := tails.BeginSync(inode), tails.BeginSync(inode)
+	first, second := tails.BeginSync(inode, nowhere), tails.BeginSync(inode, nowhere)
 	first(unix.EIO)
 	kept := tails.Stats().Kept
 	require.NoError(t, tails.Keep(inode, aTail(1)))
@@ -109,6 +113,64 @@ func TestFailedSyncsTakeNoSlots(t *testing.T) {
 	require.Len(t, tails.free, tailSlots-1, "the end that was kept last is needed")
 	require.NoError(t, tails.Keep(inode, aTail(1)))
 	require.Equal(t, kept+1, tails.Stats().Kept)
+}
+
+// TestLostUntilWrittenAgain: a sync that ends well after one that failed lets go of an end
+// only if what stands in its place was written again, and not if another one that was under
+// way failed.
+func TestLostUntilWrittenAgain(t *testing.T) {
+	tails := newTails(&memTails{}, 8192)
+	inode := Inode{Ino: 1}
+	require.NoError(t, tails.Keep(inode, aTail(1)))
+	kept := func() int { return tailSlots - len(tails.free) }
+	tails.BeginSync(inode, nowhere)(unix.EIO)
+	tails.BeginSync(inode, nowhere)(nil)
+	tails.BeginRest(func(Inode) bool { return false })(nil)
+	require.Equal(t, 1, kept())
+	var asked []int64
+	again := func(off int64) bool { asked = append(asked, off); return true }
+	tails.BeginSync(inode, again)(unix.EIO)
+	tails.BeginSync(inode, nowhere)(nil)
+	require.Equal(t, 1, kept(), "the sync that was to make it durable failed")
+	tails.BeginSync(inode, again)(nil)
+	require.Zero(t, kept())
+	tails.BeginSync(inode, again)(nil)
+	require.Equal(t, []int64{4128, 4128}, asked)
+
+	require.NoError(t, tails.Keep(inode, aTail(1)))
+	for _, firstEnds := range []bool{true, false} { // which of two ends first is chance
+		first, second := tails.BeginSync(inode, nowhere), tails.BeginSync(inode, nowhere)
+		if firstEnds {
+			first(unix.EIO)
+			second(nil)
+		} else {
+			second(nil)
+			first(unix.EIO)
+		}
+		require.Equal(t, 1, kept())
+		tails.BeginSync(inode, again)(nil)
+		require.Zero(t, kept())
+		require.NoError(t, tails.Keep(inode, aTail(1)))
+	}
+	first, second := tails.BeginSync(inode, nowhere), tails.BeginSync(inode, nowhere)
+	second(nil)
+	require.Equal(t, 1, kept())
+	first(nil)
+	require.Zero(t, kept())
+}
+
+// TestNoRoomForLostEnds: who keeps an end does not wait for room that no sync will make.
+func TestNoRoomForLostEnds(t *testing.T) {
+	tails := newTails(&memTails{}, 8192)
+	for i := range tailSlots {
+		require.NoError(t, tails.Keep(Inode{Ino: uint64(i)}, aTail(1)))
+	}
+	tails.BeginRest(func(Inode) bool { return false })(unix.EIO)
+	kept := make(chan error)
+	go func() { kept <- tails.Keep(Inode{Ino: 1000}, aTail(1)) }()
+	<-tails.Full()
+	tails.BeginRest(func(Inode) bool { return false })(nil)
+	require.ErrorContains(t, <-kept, "no room")
 }
 
 // TestTailThatIsNotDurableIsNone: after a failed sync nothing counts as kept.
@@ -135,7 +197,7 @@ func TestLetGoForGood(t *testing.T) {
 	require.NoError(t, tails.Keep(inode, aTail(1)))
 	require.NoError(t, tails.Disturb(inode, 0, 1<<40))
 	require.EqualValues(t, 1, m.syncs.Load(), "it is needed still")
-	tails.BeginSync(inode)(nil)
+	tails.BeginSync(inode, nowhere)(nil)
 	require.NoError(t, tails.Disturb(inode, 0, 4128))
 	require.NoError(t, tails.Disturb(Inode{Ino: 2}, 0, 1<<40))
 	require.EqualValues(t, 1, m.syncs.Load())
@@ -153,10 +215,10 @@ func TestLetGoAgainAfterAFailedSync(t *testing.T) {
 	tails := newTails(m, 8192)
 	for i := range uint64(2) {
 		require.NoError(t, tails.Keep(Inode{Ino: i}, aTail(1)))
-		tails.BeginSync(Inode{Ino: i})(nil)
+		tails.BeginSync(Inode{Ino: i}, nowhere)(nil)
 		require.NoError(t, tails.Keep(Inode{Ino: 10 + i}, aTail(1))) // in the same slot
 	}
-	tails.BeginSync(Inode{Ino: 10})(nil)
+	tails.BeginSync(Inode{Ino: 10}, nowhere)(nil)
 	m.fail.Store(true)
 	for range 2 {
 		writes := m.writes.Load()
@@ -176,9 +238,11 @@ type keeping struct {
 	tails *Tails
 }
 
-func (k keeping) KeepTail(t crypt.Tail) error                                 { return k.tails.Keep(k.inode, t) }
-func (k keeping) Disturb(from, to int64) error                                { return k.tails.Disturb(k.inode, from, to) }
-func (k keeping) BeginSync() func(error)                                      { return k.tails.BeginSync(k.inode) }
+func (k keeping) KeepTail(t crypt.Tail) error  { return k.tails.Keep(k.inode, t) }
+func (k keeping) Disturb(from, to int64) error { return k.tails.Disturb(k.inode, from, to) }
+func (k keeping) BeginSync(again func(int64) bool) func(error) {
+	return k.tails.BeginSync(k.inode, again)
+}
 func (k keeping) SetSparseMark(mark []byte) error                             { return k.Stored.SetSparseMark(mark) }
 func (x *victim) open(context.Context, *crypt.Header) (*crypt.Secrets, error) { return x.file.Clone() }
 
@@ -307,7 +371,7 @@ func TestEndThatCannotBeJudgedOutlivesSyncs(t *testing.T) {
 	require.Equal(t, 1, v.RecoverTails(t.Context(), denied).Held)
 	tails, err := v.OpenTails(false)
 	require.NoError(t, err)
-	tails.BeginSync(x.b.inode)(nil)
+	tails.BeginSync(x.b.inode, nowhere)(nil)
 	tails.BeginRest(func(Inode) bool { return false })(nil)
 	require.NoError(t, tails.Close())
 	next := openVolume(t, x.v.Path(), x.key)

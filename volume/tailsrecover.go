@@ -146,7 +146,11 @@ func (v *Volume) recoverFile(ctx context.Context, it *Item, list []heldTail, ope
 		return false, err
 	}
 	defer s.Wipe()
-	return crypt.RecoverTails(NewBacking(fd), v.BlockSize(), st.Size, s, tails)
+	put, err = crypt.RecoverTails(NewBacking(fd), v.BlockSize(), st.Size, s, tails)
+	if err == nil && !put { // what was only written again is no change
+		err = Utimens(fd, &[2]unix.Timespec{st.Atim, st.Mtim})
+	}
+	return put, err
 }
 
 // keptTails reads the file.
