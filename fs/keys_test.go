@@ -191,6 +191,29 @@ func TestOpensCoalesce(t *testing.T) {
 	require.Equal(t, 1, opens)
 }
 
+// Who joins an open that has waited for long has his own time to wait, and not what is
+// left of the other's.
+func TestWaiterOutlastsLeader(t *testing.T) {
+	const deadline = 4 * time.Second
+	w := newWorld(t, func(s *setup) { s.opts.Deadline = deadline })
+	w.write("f", []byte("contents"))
+	w.remount()
+	block := make(chan struct{})
+	w.keys.set(nil, block)
+	open := func(waiting int) chan error {
+		done := make(chan error, 1)
+		go func() { done <- retryEINTR(func() error { return openRaw(w.path("f"), syscall.O_RDONLY) }) }()
+		require.Eventually(t, func() bool { return w.srv.fs.waiting() == waiting }, 20*time.Second, time.Millisecond)
+		return done
+	}
+	leader := open(1)
+	time.Sleep(deadline / 2)
+	waiter := open(2)
+	require.Equal(t, syscall.ETIMEDOUT, <-leader)
+	close(block)
+	require.NoError(t, <-waiter)
+}
+
 // waiting counts the opens of all files.
 func (fs *fileSystem) waiting() (n int) {
 	fs.files.mu.Lock()

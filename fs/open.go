@@ -40,8 +40,8 @@ type KeyRenewer interface {
 }
 
 // KeyPlacer is what Keys may have besides, to say where keys are. Local reports whether
-// the key that opens a header's data key (of a nil header: that makes new ones) is on this
-// machine, so that no network is waited for.
+// all keys that may open a header's data key (of a nil header: that make new ones) are on
+// this machine, so that no network is waited for.
 type KeyPlacer interface {
 	Local(h *crypt.Header) bool
 }
@@ -94,6 +94,7 @@ func interrupted(ctx context.Context, err error) error {
 type loading struct {
 	done   chan struct{} // closed at the end
 	err    error         // set before done is closed
+	late   bool          // it failed when the time of its own request was over; as err
 	remote chan struct{} // closed once the network may be waited for
 	far    sync.Once     // closes remote
 }
@@ -118,7 +119,7 @@ func (l *loading) await(ctx context.Context) error {
 
 // load makes the file's view, asking for its key if it has contents. One request
 // at a time does so; the others wait for it and share its outcome, unless it was
-// merely interrupted.
+// merely interrupted, or its time was over and theirs is not.
 func (f *file) load(ctx context.Context) error {
 	for {
 		l, leads := f.join()
@@ -131,7 +132,7 @@ func (f *file) load(ctx context.Context) error {
 		if err := l.await(ctx); err != nil {
 			return err
 		}
-		if l.err != nil && !passing(l.err) {
+		if l.err != nil && !l.late && !passing(l.err) {
 			return l.err
 		}
 	}
@@ -165,6 +166,7 @@ func (f *file) lead(ctx context.Context, l *loading) error {
 	l.err = errPanicked
 	defer f.loaded(l)
 	l.err = f.unlock(ctx, l)
+	l.late = l.err != nil && ctx.Err() != nil
 	return l.err
 }
 

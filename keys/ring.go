@@ -235,14 +235,14 @@ func (r *Ring) Governing(h *crypt.Header) []string {
 	return governing(list)
 }
 
-// Local reports whether the key that governs a header's data key, or of a nil header the
-// one that makes new data keys, is a local one.
+// Local reports whether a header's data key is opened by local keys only, or of a nil
+// header whether a local key makes new ones. If the first is local and fails, the next
+// copy's may be asked over a network, and whoever waits for that can be interrupted.
 func (r *Ring) Local(h *crypt.Header) bool {
 	if h == nil {
 		return IsLocal(r.first())
 	}
-	list := r.Governing(h)
-	return len(list) > 0 && IsLocal(list[0])
+	return onlyLocal(h)
 }
 
 // Ended says why data keys that depend on a list of keys (crypt.Secrets.Under) may
