@@ -31,7 +31,8 @@ type damage struct {
 
 // TestBlockAttacks: whoever can write the backing directory can make blocks
 // unreadable, and nothing else: EBADMSG on exactly the affected blocks, the right
-// bytes everywhere else, and the file can be deleted.
+// bytes everywhere else, and the file can be deleted. Files whose data keys come from one
+// intermediate key are as far apart as others.
 func TestBlockAttacks(t *testing.T) {
 	change := func(f func(raw, other []byte) []byte) func(t *testing.T, v *harness.Volume) {
 		return func(t *testing.T, v *harness.Volume) {
@@ -97,27 +98,29 @@ func TestBlockAttacks(t *testing.T) {
 		{"a block taken out", change(func(raw, _ []byte) []byte { return append(raw[:3*record:3*record], raw[4*record:]...) }),
 			damage{size - block, []int{3, 4, 5, 6, 7, 8, 9}}},
 	}
-	for _, r := range rows {
-		t.Run(r.name, func(t *testing.T) {
-			e := harness.New(t)
-			v := attacked(t, e)
-			r.attack(t, v)
-			v.Damaged()
-			requireFsckDamage(t, v, "file", r.want)
-			v.Mount()
-			requireDamage(t, v.Path("file"), r.want)
-			require.Equal(t, harness.Noise(size + 1)[1:], harness.ReadAt(t, v.Path("other"), 0, size), "the neighbour")
-			deletable(t, v, "file")
-			require.NoError(t, os.WriteFile(v.Path("file"), []byte("anew"), 0o600))
-			require.Equal(t, "anew", string(harness.ReadAt(t, v.Path("file"), 0, 10)))
-		})
+	for _, envelope := range []string{"per-file", "shared"} {
+		for _, r := range rows {
+			t.Run(envelope+"/"+r.name, func(t *testing.T) {
+				e := harness.New(t)
+				v := attacked(t, e, "--envelope", envelope)
+				r.attack(t, v)
+				v.Damaged()
+				requireFsckDamage(t, v, "file", r.want)
+				v.Mount()
+				requireDamage(t, v.Path("file"), r.want)
+				require.Equal(t, harness.Noise(size + 1)[1:], harness.ReadAt(t, v.Path("other"), 0, size), "the neighbour")
+				deletable(t, v, "file")
+				require.NoError(t, os.WriteFile(v.Path("file"), []byte("anew"), 0o600))
+				require.Equal(t, "anew", string(harness.ReadAt(t, v.Path("file"), 0, 10)))
+			})
+		}
 	}
 }
 
 // attacked is an unmounted volume with plain names and two files.
-func attacked(t *testing.T, e *harness.Env) *harness.Volume {
+func attacked(t *testing.T, e *harness.Env, init ...string) *harness.Volume {
 	t.Helper()
-	v := e.Init("volume", "--key", localKey(e, "one"), "--names", "plain")
+	v := e.Init("volume", append(init, "--key", localKey(e, "one"), "--names", "plain")...)
 	v.Mount()
 	require.NoError(t, os.WriteFile(v.Path("file"), harness.Noise(size), 0o600))
 	require.NoError(t, os.WriteFile(v.Path("other"), harness.Noise(size + 1)[1:], 0o600))
