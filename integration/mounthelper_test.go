@@ -96,7 +96,7 @@ func TestMountFlags(t *testing.T) {
 	e, v := helpedVolume(t)
 	said := helped(e, v, "rw", `
 		for options in rw strictatime allow_suid allow_dev allow_suid,allow_dev allow_suid,allow_dev,strictatime \
-			nodiratime noatime,ro sync dirsync noexec,nosuid,strictatime; do
+			allow_suid,allow_dev,nosuid nodiratime noatime,ro sync dirsync noexec,nosuid,strictatime; do
 			mount -t fuse.kmsfs -o "$options" "$dir" "$mnt"
 			echo "$options: $(findmnt -no OPTIONS "$mnt" | sed "s/,user_id.*//")"
 			umount "$mnt"
@@ -107,6 +107,7 @@ allow_suid: rw,nodev,relatime
 allow_dev: rw,nosuid,relatime
 allow_suid,allow_dev: rw,relatime
 allow_suid,allow_dev,strictatime: rw
+allow_suid,allow_dev,nosuid: rw,nosuid,relatime
 nodiratime: rw,nosuid,nodev,nodiratime,relatime
 noatime,ro: ro,nosuid,nodev,noatime
 sync: rw,nosuid,nodev,relatime,sync

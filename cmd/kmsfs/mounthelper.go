@@ -71,6 +71,9 @@ func askedByMount(args []string) ([]string, error) {
 		rest = []string{"exec"} // mount(8) gives all that stays, and never names this
 	}
 	for _, o := range words {
+		if forbids, is := strings.CutPrefix(o, "allow_"); is && slices.Contains(words, "no"+forbids) {
+			continue // mount(8) puts nosuid and nodev first, whatever came later
+		}
 		if flag, is := flagOption(o); is {
 			command = append(command, flag)
 		} else {
