@@ -993,6 +993,8 @@ type forgetful struct {
 }
 
 func (f *forgetful) Sync() error {
+	f.opsMu.Lock()
+	defer f.opsMu.Unlock()
 	for _, o := range f.ops[f.done:] {
 		if f.fails && o.kind == opWrite {
 			o.data = o.data[:len(o.data)/2]

@@ -139,20 +139,3 @@ func TestCloseEndsCalls(t *testing.T) {
 		require.Equal(t, time.Second, time.Since(start))
 	})
 }
-
-// Whether a network may be waited for is a matter of all copies: the first fails over to
-// the next.
-func TestLocalMeansAllCopies(t *testing.T) {
-	header := func(keys ...string) *crypt.Header {
-		h := &crypt.Header{}
-		for _, k := range keys {
-			h.Copies = append(h.Copies, crypt.Copy{Key: k})
-		}
-		return h
-	}
-	const kms = "arn:aws:kms:us-east-1:111122223333:key/1"
-	r := new(Ring)
-	require.True(t, r.Local(header("local:a", "local:b")))
-	require.False(t, r.Local(header("local:a", kms)))
-	require.False(t, r.Local(header(kms, "local:a")))
-}

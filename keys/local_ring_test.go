@@ -8,8 +8,9 @@ import (
 	"kmsfs/crypt"
 )
 
-// TestLocalByTheGoverningKey: which key decides is the client's order, not the header's.
-func TestLocalByTheGoverningKey(t *testing.T) {
+// TestLocalByTrustedKeys: the copies that count are those of trusted keys, whatever the
+// header holds; which makes new data keys is the client's order.
+func TestLocalByTrustedKeys(t *testing.T) {
 	const local = "local:here"
 	f := newFake()
 	h := newHeader(t, f, arnA, local)
@@ -17,7 +18,7 @@ func TestLocalByTheGoverningKey(t *testing.T) {
 		trusted      []string
 		open, create bool
 	}{
-		{[]string{local, arnA}, true, true},
+		{[]string{local, arnA}, false, true}, // the next copy is asked for over a network
 		{[]string{arnA, local}, false, false},
 		{[]string{arnB, local}, true, false},
 		{[]string{local, arnB}, true, true},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"kmsfs/crypt"
@@ -235,14 +236,15 @@ func (r *Ring) Governing(h *crypt.Header) []string {
 	return governing(list)
 }
 
-// Local reports whether a header's data key is opened by local keys only, or of a nil
-// header whether a local key makes new ones. If the first is local and fails, the next
-// copy's may be asked over a network, and whoever waits for that can be interrupted.
+// Local reports whether all trusted keys of a header's data key are local ones, or of a
+// nil header the one that makes new data keys. If the first is local and fails, the next
+// may be asked over a network, and whoever waits for that can be interrupted.
 func (r *Ring) Local(h *crypt.Header) bool {
 	if h == nil {
 		return IsLocal(r.first())
 	}
-	return onlyLocal(h)
+	list := r.Governing(h)
+	return len(list) > 0 && !slices.ContainsFunc(list, func(key string) bool { return !IsLocal(key) })
 }
 
 // Ended says why data keys that depend on a list of keys (crypt.Secrets.Under) may
