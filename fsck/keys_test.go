@@ -194,7 +194,7 @@ func TestNothingIsLeft(t *testing.T) {
 		_, _ = s.check(Options{Data: true})
 	}
 	require.Equal(t, keys, crypt.LiveKeys())
-	require.Equal(t, fds, openFDs(t))
+	require.LessOrEqual(t, openFDs(t), fds)
 	for end := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > routines && time.Now().Before(end); {
 		time.Sleep(time.Millisecond) // the runtime's own come and go
 	}

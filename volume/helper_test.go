@@ -198,7 +198,8 @@ func dirPath(t testing.TB, d *Dir) string {
 	return p
 }
 
-// openFDs counts this process's descriptors.
+// openFDs counts this process's descriptors. There may be fewer than before: what an earlier
+// test let go of is closed by the garbage collector.
 func openFDs(t testing.TB) int {
 	t.Helper()
 	l, err := os.ReadDir("/proc/self/fd")

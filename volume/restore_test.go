@@ -53,7 +53,7 @@ func TestWalkAllAndOpenStored(t *testing.T) {
 			found(path, st.Ino)
 			return nil
 		}))
-		require.Equal(t, fds, openFDs(t))
+		require.LessOrEqual(t, openFDs(t), fds)
 		require.Equal(t, wantFiles, files)
 		sort.Strings(dirs)
 		for depth, path := range dirs {
@@ -82,7 +82,7 @@ func TestOpenStoredStaysInside(t *testing.T) {
 		_, _, err := v.OpenStored(path)
 		require.ErrorIs(t, err, want, "%q", path)
 	}
-	require.Equal(t, fds, openFDs(t))
+	require.LessOrEqual(t, openFDs(t), fds)
 }
 
 // An id is checked by who has the volume key, and replaced only if it is the one
