@@ -20,9 +20,6 @@ func benchInodes(parent string, sizes []int) error {
 		return err
 	}
 	defer w.close()
-	if _, err := w.run("key", "create", "one"); err != nil {
-		return err
-	}
 	for _, n := range sizes {
 		if err := w.inodes(n); err != nil {
 			return err

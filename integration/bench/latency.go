@@ -54,9 +54,6 @@ func benchLatency(parent string, files, rounds int, latencies []time.Duration) e
 		return err
 	}
 	defer w.close()
-	if _, err := w.run("key", "create", "one"); err != nil {
-		return err
-	}
 	services := []service{{name: "local key", key: "local:one"}}
 	for _, d := range latencies {
 		kms, err := w.startKMS(d)
