@@ -137,6 +137,7 @@ func newFileSystem(o Options) (*fileSystem, error) {
 	fs := &fileSystem{
 		vol: o.Volume, keys: o.Keys, opts: o, dev: dir.Dev(), priv: unix.Geteuid() == 0, acl: o.AllowOther,
 		log: newLimiter(o.Logger), files: fileTable{byID: make(map[fileID]*file)},
+		storePages: func(n *node, data []byte) syscall.Errno { return n.WriteCache(0, data) },
 	}
 	dirs, files := share()
 	fs.dirs.init(dir, dirs)
