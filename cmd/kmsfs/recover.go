@@ -183,7 +183,11 @@ func (m *mounting) synced(since time.Time) {
 // end leaves a clean volume, if all is durable.
 func (m *mounting) end() error {
 	err := m.tails.Close()
-	if err == nil && m.server != nil && m.recovery.marked && m.server.SyncErr() == nil {
+	if err == nil && m.server != nil && m.recovery.marked {
+		if bad := m.server.SyncErr(); bad != nil {
+			m.log.Warn("the volume is not marked as clean: the next mount looks at what was changed since the last sync that ended well", "err", bad)
+			return nil
+		}
 		err = m.v.Unmark()
 	}
 	if err != nil {
