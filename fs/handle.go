@@ -165,6 +165,7 @@ func (h *handle) sync(datasync bool) error {
 	if datasync {
 		return v.Sync()
 	}
+	h.f.keepTold() // or a crash would leave the time of the pages' arrival
 	return v.SyncBy(func() error {
 		return ignoringEINTR(func() error { return unix.Fsync(h.f.descriptor()) })
 	})

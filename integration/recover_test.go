@@ -111,3 +111,43 @@ func TestRecoveryHasALimit(t *testing.T) {
 	require.Less(t, len(calls), 10, "nothing is left to be looked at")
 	require.NotContains(t, e.Must("status", v.Dir), "uncleanly")
 }
+
+// TestRecoveryKeepsTimes: a file whose end was kept when the mount was killed has its mtime
+// afterwards, though its last record is written once more; and so has one that was synced.
+func TestRecoveryKeepsTimes(t *testing.T) {
+	e := harness.New(t)
+	v := e.Init("volume", "--key", localKey(e, "one"))
+	v.Mount()
+	was := time.Now().Add(-time.Hour).Truncate(time.Microsecond)
+	want := map[string]time.Time{}
+	for _, name := range []string{"kept", "synced", "touched"} {
+		f, err := os.Create(v.Path(name))
+		require.NoError(t, err)
+		_, err = f.WriteString("synced")
+		require.NoError(t, err)
+		require.NoError(t, f.Sync())
+		if name != "synced" {
+			_, err = f.WriteString(", not synced")
+			require.NoError(t, err)
+			require.NoError(t, syncRange(f)) // it is with the daemon now, and the end before it is kept
+		}
+		if name != "synced" {
+			require.NoError(t, os.Chtimes(v.Path(name), was, was))
+		}
+		info, err := os.Stat(v.Path(name))
+		require.NoError(t, err)
+		want[name] = info.ModTime()
+		defer f.Close()
+	}
+	v.Kill()
+	e.Must("umount", v.Mnt)
+	v.Mount()
+	log, err := os.ReadFile(filepath.Join(e.Root, "state", "kmsfs", "kmsfs.log"))
+	require.NoError(t, err)
+	require.Regexp(t, `ends of files were kept when the last mount ended" found=2 put_back=0`, string(log), "this tests nothing")
+	for name, mtime := range want {
+		info, err := os.Stat(v.Path(name))
+		require.NoError(t, err)
+		require.True(t, mtime.Equal(info.ModTime()), "%s: %v is %v", name, mtime, info.ModTime())
+	}
+}
