@@ -151,3 +151,46 @@ func TestRecoveryKeepsTimes(t *testing.T) {
 		require.True(t, mtime.Equal(info.ModTime()), "%s: %v is %v", name, mtime, info.ModTime())
 	}
 }
+
+// TestReplayedMarkerCutsNothing: who writes the backing directory keeps the mark of a mount
+// and puts it back when the mount has ended well, to have a file that he cut end where he
+// likes, as if it had always been so short. It stays damaged; and a mount that really ends
+// uncleanly is recovered from all the same.
+func TestReplayedMarkerCutsNothing(t *testing.T) {
+	e := harness.New(t)
+	v := e.Init("volume", "--key", localKey(e, "one"))
+	v.Damaged()
+	v.Mount()
+	require.NoError(t, os.WriteFile(v.Path("f"), harness.Noise(5*block+100), 0o600))
+	marker := filepath.Join(v.Dir, "kmsfs.unclean")
+	old, err := os.ReadFile(marker)
+	require.NoError(t, err)
+	stored := v.Stored("f")
+	v.Umount()
+	require.NoError(t, os.Truncate(stored, 3*(block+32)))
+	require.NoError(t, os.WriteFile(marker, old, 0o600))
+	for range 2 {
+		v.Mount()
+		info, err := os.Stat(stored)
+		require.NoError(t, err)
+		require.EqualValues(t, 3*(block+32), info.Size(), "it was cut, or given an end")
+		_, err = os.ReadFile(v.Path("f"))
+		require.ErrorIs(t, err, unix.EBADMSG)
+		v.Umount()
+	}
+
+	v.Mount()
+	require.NoError(t, os.Remove(v.Path("f")))
+	want := harness.Noise(block + 100)
+	require.NoError(t, os.WriteFile(v.Path("g"), want, 0o600))
+	e.Do("sync", v.Path("g"))
+	stored = v.Stored("g")
+	v.Kill()
+	e.Must("umount", v.Mnt)
+	require.NoError(t, os.Truncate(stored, block+32+50))
+	v.Mount()
+	require.Contains(t, e.Must("status", v.Dir), "1 bad ends cut off")
+	got, err := os.ReadFile(v.Path("g"))
+	require.NoError(t, err)
+	require.Equal(t, want[:block], got)
+}

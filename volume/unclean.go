@@ -53,6 +53,9 @@ type Marker struct {
 	Ended bool `json:"-"`
 }
 
+// ErrOldMarker: the marker is from before one that this client knows of.
+var ErrOldMarker = errors.New("it is older than one that this client has seen: somebody put it back, or the directory comes from a snapshot")
+
 type markerText struct {
 	Seq   uint64 `json:"seq"`
 	Clean bool   `json:"clean"`
@@ -66,6 +69,15 @@ type markerText struct {
 // SameBoot reports whether the machine has gone on since: then the mount was killed,
 // and what it wrote is there.
 func (m *Marker) SameBoot() bool { return m.BootID == bootID() }
+
+// MarkAfter has no marker count whose number is less than first, and writes none: whoever
+// writes the backing directory could put one back that stood there while the volume was
+// mounted, and have the ends cut off of files that he damaged since.
+func (v *Volume) MarkAfter(first uint64) { v.markFirst = first }
+
+// Marked is the number of the marker that was written last, 0 if none was. Each has a
+// greater one than those before it.
+func (v *Volume) Marked() uint64 { return v.marked }
 
 // MarkMounted sets the marker, or moves it on, durably. since is when all that was
 // written before had been made durable: files that were not changed since need no look
@@ -114,8 +126,14 @@ func (v *Volume) writeMarker(fd int, m *markerText, left *[]uint64) error {
 		return err
 	}
 	if last != nil {
-		m.Seq = last.Seq + 1
+		m.Seq = max(last.Seq+1, v.markFirst)
+		if m.Seq%2 == last.Seq%2 { // its place is not that of the last
+			m.Seq++
+		}
 		m.LeftAt, m.LeftLen, m.LeftSum = last.LeftAt, last.LeftLen, last.LeftSum
+	}
+	if last == nil {
+		m.Seq = v.markFirst
 	}
 	if left != nil {
 		if err := m.writeLeft(fd, *left); err != nil {
@@ -139,7 +157,11 @@ func (v *Volume) writeMarker(fd int, m *markerText, left *[]uint64) error {
 			return err
 		}
 	}
-	return retry(func() error { return unix.Fdatasync(fd) })
+	if err := retry(func() error { return unix.Fdatasync(fd) }); err != nil {
+		return err
+	}
+	v.marked = m.Seq
+	return nil
 }
 
 // writeLeft writes a list, not over the one of the last marker, which counts until the
@@ -247,6 +269,8 @@ func (v *Volume) Unclean() (*Marker, error) {
 		return nil, fmt.Errorf("%s in %s was not made with the volume key: %w", MarkerFile, v.path, crypt.ErrDamaged)
 	case m == nil || m.Clean && m.LeftAt == 0:
 		return nil, nil
+	case m.Seq < v.markFirst:
+		return nil, fmt.Errorf("%s in %s does not count: %w", MarkerFile, v.path, ErrOldMarker)
 	}
 	if err := m.readLeft(fd); err != nil {
 		return nil, fmt.Errorf("reading the list of files in %s in %s: %w", MarkerFile, v.path, err)

@@ -193,3 +193,35 @@ func TestEndsThatAreLeft(t *testing.T) {
 	r = x.v.RecoverEnds(t.Context(), &Marker{Since: later, Ended: true, Left: []uint64{ino}}, x.open)
 	require.Equal(t, EndRecovery{Looked: 1, Cut: []EndCut{{Ino: ino, From: 4096 + 38, To: 4096}}}, r)
 }
+
+// TestOldMarkers do not count for who knows of a newer one, nor do they lead to new ones that
+// would not.
+func TestOldMarkers(t *testing.T) {
+	v, _ := newVolume(t, NamesPlain)
+	path := filepath.Join(v.Path(), MarkerFile)
+	require.NoError(t, v.MarkMounted(time.Now()))
+	old, err := os.ReadFile(path)
+	require.NoError(t, err)
+	require.NoError(t, v.Unmark())
+	first := v.Marked()
+	for range 2 {
+		v.MarkAfter(first)
+		m, err := v.Unclean()
+		require.NoError(t, err)
+		require.Nil(t, m, "the last mount ended well")
+		require.NoError(t, os.WriteFile(path, old, 0o600))
+		_, err = v.Unclean()
+		require.ErrorIs(t, err, ErrOldMarker)
+		require.NoError(t, v.MarkMounted(time.Now()))
+		require.GreaterOrEqual(t, v.Marked(), first)
+		m, err = v.Unclean()
+		require.NoError(t, err)
+		require.NotNil(t, m)
+		require.NoError(t, v.Unmark())
+		first = v.Marked()
+	}
+	require.NoError(t, os.Remove(path))
+	v.MarkAfter(first)
+	require.NoError(t, v.MarkMounted(time.Now()))
+	require.GreaterOrEqual(t, v.Marked(), first)
+}

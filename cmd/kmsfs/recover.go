@@ -4,10 +4,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"kmsfs/config"
 	"kmsfs/crypt"
+	"kmsfs/internal/durable"
 	"kmsfs/volume"
 )
 
@@ -66,9 +74,10 @@ func (o *patientOpener) tired() bool {
 
 // recover puts right what an unclean end left, before the kernel learns any size.
 func (m *mounting) recover(ctx context.Context) (err error) {
+	m.v.MarkAfter(m.firstMarker())
 	m.recovery.marker, err = m.v.Unclean()
 	if err != nil { // what it might have led us to cut, fsck can cut
-		m.warn("%v; files with bad ends are left alone", err)
+		m.warn("%v; files with bad ends are left alone (kmsfs fsck --data --cut-ends finds them)", err)
 		m.log.Warn("files with bad ends are left alone", "err", err)
 	}
 	limit := time.Duration(m.cfg.Mount.RecoverLimit)
@@ -168,6 +177,48 @@ func (m *mounting) begin() {
 		m.log.Warn("after a power cut bad ends of files will be left alone", "err", err)
 	}
 	m.recovery.marked = err == nil
+	if m.recovery.marked {
+		m.rememberMarker(m.v.Marked())
+	}
+}
+
+// markerMemory is where this client remembers the first number of a marker of this volume
+// that still counts. A copy of the volume, which has the same id, has markers of its own.
+func (m *mounting) markerMemory() (string, error) {
+	dir, err := config.StateDir()
+	if err != nil {
+		return "", err
+	}
+	var st unix.Stat_t
+	err = unix.Fstat(m.v.Fd(), &st)
+	return filepath.Join(dir, fmt.Sprintf("%v-%x.marker", m.v.ID(), st.Ino)), err
+}
+
+// firstMarker is 0 on a client that has not mounted the volume yet.
+func (m *mounting) firstMarker() uint64 {
+	path, err := m.markerMemory()
+	if err != nil {
+		return 0
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return 0
+	}
+	first, _ := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64)
+	return first
+}
+
+func (m *mounting) rememberMarker(first uint64) {
+	path, err := m.markerMemory()
+	if err == nil {
+		err = os.MkdirAll(filepath.Dir(path), 0o700)
+	}
+	if err == nil {
+		err = durable.Replace(path, []byte(strconv.FormatUint(first, 10)+"\n"), 0o600)
+	}
+	if err != nil {
+		m.log.Warn("a mark of this mount that somebody puts back later will be believed", "err", err)
+	}
 }
 
 // synced moves the marker on.
@@ -188,7 +239,9 @@ func (m *mounting) end() error {
 			m.log.Warn("the volume is not marked as clean: the next mount looks at what was changed since the last sync that ended well", "err", bad)
 			return nil
 		}
-		err = m.v.Unmark()
+		if err = m.v.Unmark(); err == nil {
+			m.rememberMarker(m.v.Marked())
+		}
 	}
 	if err != nil {
 		err = fmt.Errorf("ending the mount: %w", err)
