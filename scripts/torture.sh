@@ -4,7 +4,7 @@
 #   CRASHES    kill -9 of the daemon under load (default 300)
 #   KILLS      kill -9 of a rekey (100), among FILES files (20000)
 #   SCRIPTS    random scripts of operations, in which the store fails at each call (200)
-#   FAULTS     all: each errno at each call of the store under a mount (all)
+#   FAULTS     all: each errno at each call of the store under a mount, and a power cut there (all)
 #   MUTATIONS  volumes that are harmed at random (1000); KMSFS_TEST_SEED repeats one
 #   INODES     how many are looked up for the daemon's memory (100000,1000000)
 set -euo pipefail
@@ -21,9 +21,9 @@ run() { # packages, tests
 
 run ./crypt '^(TestKilled|TestPowerCut|TestStoreFails)'
 run ./integration '^(TestKill|TestRekeyKilledAnywhere)'
-run ./integration '^(TestStoreFails|TestMutations|TestKMSRefusalIsAnErrno|TestCreateWithoutKMS)'
+run ./integration '^(TestStoreFails|TestStoreDies|TestMutations|TestKMSRefusalIsAnErrno|TestCreateWithoutKMS)'
 run ./integration/posix '^TestFull'
 go run ./integration/bench inodes -files "${INODES:-100000,1000000}" | tee -a "$log"
 echo
 echo "torture: what was tried"
-grep -E '[0-9] crashes, |crashes survived|killed [0-9]+ times|faults injected|mutations tried|inodes looked up' "$log" | sed 's/^ *[a-z_]*\.go:[0-9]*: */  /; s/^\([0-9]\)/  \1/'
+grep -E '[0-9] crashes, |crashes survived|power cuts survived|killed [0-9]+ times|faults injected|mutations tried|inodes looked up' "$log" | sed 's/^ *[a-z_]*\.go:[0-9]*: */  /; s/^\([0-9]\)/  \1/'

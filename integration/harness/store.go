@@ -21,6 +21,7 @@ type Store struct {
 	mu    sync.Mutex
 	at    int // the call to fail, counted from now on; 0: none
 	short bool
+	dies  bool // after the call to fail every other fails too
 	errno syscall.Errno
 	calls int
 	hit   string
@@ -61,7 +62,15 @@ func (e *Env) InitOn(s *Store, name string, args ...string) *Volume {
 func (s *Store) Fail(n int, errno syscall.Errno, short bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.at, s.errno, s.short, s.calls, s.hit = n, errno, short, 0, ""
+	s.at, s.errno, s.short, s.dies, s.calls, s.hit = n, errno, short, false, 0, ""
+}
+
+// Die makes the n-th call from now on fail, counted from 1, and every later one: what is
+// stored then is what a power cut leaves of a store that keeps the order of all calls.
+func (s *Store) Die(n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.at, s.errno, s.short, s.dies, s.calls, s.hit = n, syscall.EIO, false, true, 0, ""
 }
 
 // Lift ends that, and says which call was hit, "" if none.
@@ -88,7 +97,11 @@ func (s *Store) strike(call string) fuse.Status {
 	if s.at == 0 {
 		return fuse.OK
 	}
-	if s.calls++; s.calls != s.at {
+	s.calls++
+	if s.dies && s.calls > s.at {
+		return fuse.EIO
+	}
+	if s.calls != s.at {
 		return fuse.OK
 	}
 	s.hit = call
