@@ -154,6 +154,9 @@ func (d *Dir) openRegular(stored string, flags int, mode uint32) (int, error) {
 	if err != nil {
 		return -1, err
 	}
+	if flags&(unix.O_CREAT|unix.O_EXCL) == unix.O_CREAT|unix.O_EXCL {
+		return fd, nil // it is new
+	}
 	if err := checkRegular(fd); err != nil {
 		unix.Close(fd)
 		return -1, err
