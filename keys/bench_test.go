@@ -6,6 +6,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"kmsfs/crypt"
+	"kmsfs/keys/kmstest"
 )
 
 // A small file costs one of these: all that a create or a first open asks of the ring
@@ -43,5 +44,23 @@ func BenchmarkOpenLocal(b *testing.B) {
 		require.NoError(b, err)
 		s.Wipe()
 		i++
+	}
+}
+
+// What a request to KMS costs, ours and the emulator's together.
+func BenchmarkDecryptAWS(b *testing.B) {
+	srv := kmstest.New(b, nil)
+	arn := srv.CreateKey("eu-central-1")
+	a, err := NewAWS(AWSOptions{Endpoint: srv.URL(), Credentials: srv.Admin().Credentials()})
+	require.NoError(b, err)
+	ec := EncryptionContext{"kmsfs:volume": "a", "kmsfs:file": "b"}
+	k, blob, err := a.GenerateDataKey(b.Context(), arn, ec)
+	require.NoError(b, err)
+	k.Wipe()
+	b.ReportAllocs()
+	for b.Loop() {
+		k, err := a.Decrypt(b.Context(), arn, ec, blob)
+		require.NoError(b, err)
+		k.Wipe()
 	}
 }
