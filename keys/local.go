@@ -42,6 +42,9 @@ type Local struct {
 // NewLocal makes a provider over a keyring directory, which Create makes.
 func NewLocal(dir string) *Local { return &Local{dir: dir} }
 
+// Forget wipes the keys that were used within the last second.
+func (l *Local) Forget() { l.recent.forget() }
+
 // GenerateDataKey implements Provider.
 func (l *Local) GenerateDataKey(ctx context.Context, key string, ec EncryptionContext) (*crypt.Key, []byte, error) {
 	k, err := crypt.RandomKey()

@@ -82,6 +82,15 @@ func (r *recentKeys) put(path string, as stamp, f *keyFile) {
 	})
 }
 
+// forget wipes them all.
+func (r *recentKeys) forget() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for path, k := range r.keys {
+		r.dropLocked(path, k)
+	}
+}
+
 func (r *recentKeys) dropLocked(path string, k *recentKey) {
 	k.file.wipe()
 	if r.keys[path] == k {

@@ -27,6 +27,22 @@ func TestRecentKeyIsWiped(t *testing.T) {
 	require.Eventually(t, func() bool { return crypt.LiveKeys() == live }, 5*recentFor, recentFor/20)
 }
 
+// A ring that is locked, or closed, has none of it wiped later.
+func TestRecentKeyIsForgotten(t *testing.T) {
+	live := crypt.LiveKeys()
+	l := settledLocal(t)
+	for what, end := range map[string]func(*Ring){"locked": (*Ring).Lock, "told to forget": (*Ring).Forget, "closed": (*Ring).Close} {
+		r := NewRing(RingOptions{Provider: NewRouter(nil, l), BlockLog2: 12, Trusted: []string{"local:a"}})
+		f, err := r.Fresh(t.Context())
+		require.NoError(t, err)
+		f.Secrets.Wipe()
+		require.Equal(t, live+1, crypt.LiveKeys(), what)
+		end(r)
+		require.Equal(t, live, crypt.LiveKeys(), what)
+		r.Close()
+	}
+}
+
 // A change of the file counts at once, also while the key is kept.
 func TestRecentKeyIsWatched(t *testing.T) {
 	ec := EncryptionContext{"a": "b"}
