@@ -72,6 +72,7 @@ type Mount struct {
 	Options      []string `toml:"options"`       // handed to the kernel: noexec, noatime
 	TailSave     bool     `toml:"tail_save"`     // keep the synced end of a file while it is written over
 	NoRecover    bool     `toml:"no_recover"`    // leave bad ends of files alone after an unclean end
+	RecoverLimit Duration `toml:"recover_limit"` // how long a mount may look for keys after an unclean end
 	AcceptNew    bool     `toml:"accept_new"`
 	LogFile      string   `toml:"log_file"` // "" = syslog
 	Metrics      string   `toml:"metrics"`  // HOST:PORT, :PORT on loopback, or unix:PATH; "" = none
@@ -108,7 +109,7 @@ type Volume struct {
 func Default() *Config {
 	return &Config{
 		Init:  Init{Names: "encrypted", Envelope: "per-file", BlockSize: 4096},
-		Mount: Mount{Writeback: true, TailSave: true, Lease: Duration(time.Minute), Grace: Duration(15 * time.Minute)},
+		Mount: Mount{Writeback: true, TailSave: true, Lease: Duration(time.Minute), Grace: Duration(15 * time.Minute), RecoverLimit: Duration(time.Minute)},
 		KMS:   KMS{Deadline: Duration(10 * time.Second), CreateWait: Duration(2 * time.Second), Prefetch: 64},
 		Rekey: Rekey{Jobs: 16},
 	}
@@ -220,6 +221,7 @@ func (c *Config) problems() (list []string) {
 	n := c.Init.BlockSize
 	bad(n < 4096 || n > 65536 || n&(n-1) != 0, "init.block_size is a power of two from 4096 to 65536, not %d", n)
 	bad(c.Mount.Lease <= 0, "mount.lease must be more than 0")
+	bad(c.Mount.RecoverLimit <= 0, "mount.recover_limit must be more than 0")
 	bad(c.KMS.Deadline <= 0, "kms.deadline must be more than 0")
 	bad(c.KMS.CreateWait <= 0, "kms.create_wait must be more than 0")
 	bad(c.KMS.CacheKeys < 0, "kms.cache_keys can't be negative")

@@ -25,15 +25,20 @@ func (h *handle) view() *crypt.File { return h.f.view.Load() }
 
 // newHandle counts an open and says what the kernel may keep cached: the pages it
 // has, unless the backing file is not what it was when the last handle closed.
-func (n *node) newHandle(f *file, openFlags uint32) (*handle, uint32) {
-	n.fs.stats.opens.Add(1)
+func (n *node) newHandle(f *file, openFlags uint32) (_ *handle, flags uint32, err error) {
 	f.node.Store(n)
+	var keep bool
+	if n.mayHaveWhole(openFlags) {
+		if keep, err = n.handWhole(f); err != nil {
+			return nil, 0, err
+		}
+	}
 	var st unix.Statx_t
-	var flags uint32
-	if n.mayHaveWhole(openFlags) && n.handWhole(f) || f.shared() || n.fs.statFd(f.descriptor(), &st) == nil && n.unchanged(&st) {
+	if keep || f.shared() || n.fs.statFd(f.descriptor(), &st) == nil && n.unchanged(&st) {
 		flags = fuse.FOPEN_KEEP_CACHE
 	}
-	return &handle{f: f, n: n, writer: writes(openFlags)}, flags
+	n.fs.stats.opens.Add(1)
+	return &handle{f: f, n: n, writer: writes(openFlags)}, flags, nil
 }
 
 // shared reports whether others use the file too: then the pages are current.
@@ -160,6 +165,7 @@ func (h *handle) sync(datasync bool) error {
 	if datasync {
 		return v.Sync()
 	}
+	h.f.keepTold() // or a crash would leave the time of the pages' arrival
 	return v.SyncBy(func() error {
 		return ignoringEINTR(func() error { return unix.Fsync(h.f.descriptor()) })
 	})

@@ -58,6 +58,8 @@ type Options struct {
 	FsName string   // what df(1) shows as the source; by default the backing directory
 	Extra  []string // further mount options: noexec, noatime, max_read=...
 	Debug  bool     // log every FUSE request
+
+	openSync func() (syncer, error) // a descriptor that syncs the backing store
 }
 
 const (
@@ -83,6 +85,15 @@ func (o *Options) setDefaults() {
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.NewTextHandler(io.Discard, nil))
+	}
+	if o.openSync == nil {
+		o.openSync = func() (syncer, error) {
+			s, err := o.Volume.OpenSync()
+			if err != nil {
+				return nil, err // not a syncer that holds a nil
+			}
+			return s, nil
+		}
 	}
 	if o.FsName == "" {
 		o.FsName = o.Volume.Path()
@@ -137,6 +148,7 @@ func newFileSystem(o Options) (*fileSystem, error) {
 	fs := &fileSystem{
 		vol: o.Volume, keys: o.Keys, opts: o, dev: dir.Dev(), priv: unix.Geteuid() == 0, acl: o.AllowOther,
 		log: newLimiter(o.Logger), files: fileTable{byID: make(map[fileID]*file)},
+		storePages: func(n *node, data []byte) syscall.Errno { return n.WriteCache(0, data) },
 	}
 	dirs, files := share()
 	fs.dirs.init(dir, dirs)
@@ -196,7 +208,8 @@ func (s *Server) serve() {
 // synced, and the keys of open files are wiped.
 func (s *Server) Wait() { <-s.done }
 
-// SyncErr is, after Wait, why not all that was written is durable, or nil.
+// SyncErr is, after Wait, why not all that was written is known to be durable, or nil. A
+// sync that failed once counts to the end.
 func (s *Server) SyncErr() error { return s.fs.tend.err }
 
 // Unmount unmounts and waits. While files are open on the mount it fails (EBUSY)

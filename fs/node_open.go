@@ -39,12 +39,16 @@ func (n *node) Open(ctx context.Context, flags uint32) (fusefs.FileHandle, uint3
 		n.fs.ahead.opened(n)
 	}
 	f := n.fs.files.acquire(n.fs, n.id)
-	if err := f.open(ctx, n, flags); err != nil {
-		n.fs.files.release(f)
-		return nil, 0, n.errno("open", err)
+	err := f.open(ctx, n, flags)
+	if err == nil {
+		var h *handle
+		var keep uint32
+		if h, keep, err = n.newHandle(f, flags); err == nil {
+			return h, keep, ok
+		}
 	}
-	h, keep := n.newHandle(f, flags)
-	return h, keep, ok
+	n.fs.files.release(f)
+	return nil, 0, n.errno("open", err)
 }
 
 var _ = (fusefs.NodeCreater)((*node)(nil))

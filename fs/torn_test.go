@@ -103,3 +103,57 @@ func TestClockSetBack(t *testing.T) {
 	_, back = setBack(at, stepped.Add(time.Second), time.Second)
 	require.False(t, back, "once is enough")
 }
+
+// disk is a backing store whose next sync fails if it is to.
+type disk struct {
+	syncer
+	fail  atomic.Bool
+	syncs atomic.Int64
+}
+
+func (d *disk) Sync() error {
+	defer d.syncs.Add(1)
+	if d.fail.Swap(false) {
+		return syscall.EIO
+	}
+	return d.syncer.Sync()
+}
+
+// TestFailedSyncKeepsTheMarker: what a sync could not write Linux takes for written, so
+// syncs that end well later say nothing of it. What was changed since the last one that
+// ended well before is looked at after the mount, however that ends.
+func TestFailedSyncKeepsTheMarker(t *testing.T) {
+	var marked atomic.Int64
+	var d *disk
+	w := newWorld(t, func(s *setup) {
+		s.opts.Synced = func(since time.Time) { marked.Add(1) }
+	})
+	w.opts.openSync = func() (syncer, error) {
+		s, err := w.vol.OpenSync()
+		d = &disk{syncer: s}
+		return d, err
+	}
+	w.remount()
+	synced := func() {
+		before := d.syncs.Load()
+		w.write("f", randomBytes(100))
+		eventually(t, func() bool { return d.syncs.Load() > before })
+		eventually(t, func() bool { return w.srv.Stats().Syncs >= d.syncs.Load() })
+	}
+	synced()
+	require.Positive(t, marked.Load())
+	d.fail.Store(true)
+	at := marked.Load()
+	for range 2 {
+		synced()
+		require.Equal(t, at, marked.Load())
+	}
+	require.NoError(t, w.srv.Unmount())
+	require.ErrorIs(t, w.srv.SyncErr(), syscall.EIO)
+	require.Equal(t, at, marked.Load())
+	require.NoError(t, w.srv.fs.opts.Slots.Close())
+	w.srv = nil
+	require.NoError(t, w.vol.Close())
+	w.opts.openSync = nil
+	w.mount()
+}

@@ -1,12 +1,11 @@
 package fs
 
 import (
+	"cmp"
 	"errors"
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"kmsfs/volume"
 )
@@ -24,7 +23,12 @@ const (
 type upkeep struct {
 	fs      *fileSystem
 	changes atomic.Uint64
-	err     error // of the last sync; of run, and then of finish
+	// disk is one descriptor for the whole mount: a new one would not hear of an error
+	// that somebody else's syncfs(2) was told. nil if it could not be had yet.
+	disk syncer
+	// err is of the first sync that failed; of run, and then of finish. Linux takes what
+	// it could not write for written, so no later sync makes good for it.
+	err error
 	// torn are files that finish closed though their end was in memory only.
 	torn map[fileID]bool
 	// since is the time that Synced was told last, or the start; of run, and then of finish.
@@ -33,12 +37,19 @@ type upkeep struct {
 	stopped sync.WaitGroup
 }
 
+// A syncer is a descriptor of the backing store.
+type syncer interface {
+	Sync() error // everything that was written so far
+	Close()
+}
+
 // changed notes that the backing store was changed.
 func (u *upkeep) changed() { u.changes.Add(1) }
 
 func (u *upkeep) start() {
 	u.stop = make(chan struct{})
 	u.since = time.Now()
+	_ = u.openDisk() // the next sync tries again
 	u.stopped.Add(1)
 	go u.run()
 }
@@ -88,20 +99,25 @@ func (u *upkeep) run() {
 func (u *upkeep) sync() {
 	since := time.Now()
 	end, whole := u.beginSync()
-	fd := u.fs.dirs.root.Fd()
-	dir, err := unix.Openat(fd, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0) // syncfs(2) refuses O_PATH
+	err := u.openDisk()
 	if err == nil {
-		err = unix.Syncfs(dir)
-		unix.Close(dir)
+		err = u.disk.Sync()
 	}
 	end(err)
 	if err != nil {
 		u.fs.log.trouble("syncing the backing store", u.fs.root.id.ino, err)
-	} else if whole {
+		u.err = cmp.Or(u.err, err)
+	} else if whole && u.err == nil {
 		u.synced(since)
 	}
-	u.err = err
 	u.fs.stats.syncs.Add(1)
+}
+
+func (u *upkeep) openDisk() (err error) {
+	if u.disk == nil {
+		u.disk, err = u.fs.opts.openSync()
+	}
+	return err
 }
 
 func (u *upkeep) synced(since time.Time) {
@@ -206,5 +222,8 @@ func (u *upkeep) finish() {
 	if !u.fs.opts.ReadOnly {
 		u.sync()
 		u.err = errors.Join(u.err, unsettled)
+	}
+	if u.disk != nil {
+		u.disk.Close()
 	}
 }

@@ -22,16 +22,19 @@ func (n *node) mayHaveWhole(flags uint32) bool {
 }
 
 // handWhole gives the kernel the contents of a small file, and reports whether it has
-// them. What can't be read is left to the READ that says why.
-func (n *node) handWhole(f *file) (done bool) {
+// them. What can't be read is left to the READ that says why. err is why the file may not
+// be opened after all: its lease ended meanwhile.
+func (n *node) handWhole(f *file) (done bool, err error) {
 	buf := wholePool.Get().(*[maxWhole]byte)
 	defer wholePool.Put(buf)
-	done = f.handWhole(n, buf[:])
-	if done && f.barErr() != nil {
-		// Its lease ended meanwhile, and its pages may have been dropped before these.
-		go n.dropPages()
+	if !f.handWhole(n, buf[:]) {
+		return false, nil
 	}
-	return done
+	if err := f.barErr(); err != nil {
+		go n.dropPages() // the drain may have dropped what there was before these came
+		return false, err
+	}
+	return true, nil
 }
 
 // handWhole keeps out whoever would write or truncate, by mu: pages that are newer
@@ -52,5 +55,5 @@ func (f *file) handWhole(n *node, buf []byte) bool {
 	if got, err := v.ReadAt(data, 0); int64(got) != size || err != nil {
 		return false
 	}
-	return n.WriteCache(0, data) == 0
+	return n.fs.storePages(n, data) == 0
 }

@@ -135,23 +135,80 @@ func TestWholeKeepsWritersOut(t *testing.T) {
 	w.write("f", randomBytes(3000))
 	w.remount()
 	n, f, closed := w.opened("f", os.O_WRONLY)
-	require.False(t, n.handWhole(f), "there is a writer")
+	done, err := n.handWhole(f)
+	require.NoError(t, err)
+	require.False(t, done, "there is a writer")
 	closed()
 
 	w.remount()
 	n, f, _ = w.opened("f", os.O_RDONLY|syscall.O_NOATIME)
-	require.True(t, n.handWhole(f))
+	done, err = n.handWhole(f)
+	require.NoError(t, err)
+	require.True(t, done)
 	f.mu.Lock()
-	done := make(chan bool, 1)
-	go func() { done <- n.handWhole(f) }()
+	handed := make(chan bool, 1)
+	go func() { done, _ := n.handWhole(f); handed <- done }()
 	select {
-	case <-done:
+	case <-handed:
 		t.Error("it was handed over while the file was being changed")
-		close(done)
+		close(handed)
 	case <-time.After(50 * time.Millisecond):
 	}
 	f.mu.Unlock()
-	<-done
+	<-handed
+}
+
+// TestLeaseEndsWhileAFileIsHandedOver: the lease of a small file ends when its open has
+// passed all checks, before or after the kernel was given the contents. The open is
+// refused, and the kernel keeps none of the pages, which no READ would ask about.
+func TestLeaseEndsWhileAFileIsHandedOver(t *testing.T) {
+	const size = 9000
+	for _, when := range []string{"before the pages", "after the pages"} {
+		t.Run(when, func(t *testing.T) {
+			w, k := newLeased(t)
+			w.write("f", randomBytes(size))
+			w.remount()
+			store, handed := w.srv.fs.storePages, 0
+			w.srv.fs.storePages = func(n *node, data []byte) (errno syscall.Errno) {
+				end := func() {
+					before := w.srv.Stats().Invalidations
+					k.end(testKey, true)
+					for i := 0; i < 1000 && w.srv.Stats().Invalidations == before; i++ {
+						time.Sleep(time.Millisecond)
+					}
+					time.Sleep(20 * time.Millisecond) // it is on its way to the kernel
+				}
+				handed++
+				if when == "before the pages" {
+					end()
+				}
+				errno = store(n, data)
+				if when == "after the pages" {
+					end()
+				}
+				return errno
+			}
+			_, err := os.Open(w.path("f"))
+			require.ErrorIs(t, err, unix.EKEYREVOKED)
+			require.Equal(t, 1, handed)
+			w.drained()
+			_, err = os.Open(w.path("f"))
+			require.ErrorIs(t, err, unix.EKEYREVOKED)
+			require.Equal(t, 1, handed)
+
+			// An open that hands over nothing, and has the kernel keep what it has.
+			eventually(t, func() bool { return w.srv.Stats().OpenFiles == 0 })
+			k.end(testKey, false)
+			n := w.srv.fs.root.known("f")
+			var st unix.Statx_t
+			require.NoError(t, unix.Statx(unix.AT_FDCWD, w.stored("f"), unix.AT_STATX_SYNC_AS_STAT, statMask, &st))
+			st.Size = size // as statFd has it
+			seen := stampOf(&st)
+			n.seen.Store(&seen)
+			f := w.openFile("f", os.O_RDONLY)
+			require.Zero(t, resident(t, f, size))
+		})
+	}
 }
 
 // opened opens a file at the root, and finds what the mount has of it.

@@ -55,8 +55,11 @@ func (s *idSort) add(kind byte, id [16]byte, ino uint64) {
 	binary.BigEndian.PutUint64(r[17:], ino)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.err != nil {
+		return // it would only grow
+	}
 	s.recent = append(s.recent, r)
-	if len(s.recent) >= s.size && s.err == nil {
+	if len(s.recent) >= s.size {
 		s.err = s.flushLocked()
 	}
 }

@@ -22,6 +22,8 @@ var (
 	ErrOtherStore = errors.New("the quarantine does not lie in the file system of the backing directory, so nothing can be renamed into it")
 	// ErrInside: it would be a damaged part of the volume.
 	ErrInside = errors.New("the quarantine lies in the backing directory; put it beside it")
+	// ErrNotPrivate: somebody else would decide where files go.
+	ErrNotPrivate = errors.New("the quarantine belongs to somebody else, or others may write to it: make it mode 0700")
 )
 
 // ManifestFile lists what lies in a quarantine, one JSON object a line.
@@ -48,12 +50,50 @@ func OpenQuarantine(v *volume.Volume, path string) (*Quarantine, error) {
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	m, err := unix.Openat(fd, ManifestFile, unix.O_WRONLY|unix.O_APPEND|unix.O_CREAT|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	// What was opened need not be what was looked at.
+	if err = checkStore(v, fmt.Sprintf("/proc/self/fd/%d", fd)); err == nil {
+		err = checkPrivate(fd)
+	}
+	var m *os.File
+	if err == nil {
+		m, err = openManifest(fd)
+	}
 	if err != nil {
 		unix.Close(fd)
-		return nil, &os.PathError{Op: "open", Path: filepath.Join(path, ManifestFile), Err: err}
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
-	return &Quarantine{fd: fd, manifest: os.NewFile(uintptr(m), ManifestFile), next: 1}, nil
+	return &Quarantine{fd: fd, manifest: m, next: 1}, nil
+}
+
+// checkPrivate refuses a directory that others may write to: they choose where files go.
+func checkPrivate(fd int) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	if st.Mode&0o022 != 0 || int(st.Uid) != os.Geteuid() && st.Uid != 0 {
+		return ErrNotPrivate
+	}
+	return nil
+}
+
+// openManifest opens the list in the directory fd, which is ours by now, but may have been
+// somebody's.
+func openManifest(fd int) (*os.File, error) {
+	m, err := unix.Openat(fd, ManifestFile, unix.O_WRONLY|unix.O_APPEND|unix.O_CREAT|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: ManifestFile, Err: err}
+	}
+	var st unix.Stat_t
+	err = unix.Fstat(m, &st)
+	if err == nil && (st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1) {
+		err = fmt.Errorf("%s is not ours: remove it and try again", ManifestFile)
+	}
+	if err != nil {
+		unix.Close(m)
+		return nil, err
+	}
+	return os.NewFile(uintptr(m), ManifestFile), nil
 }
 
 // checkStore refuses a place before anything is made there.

@@ -1,12 +1,14 @@
 package fsck
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -274,4 +276,49 @@ func TestQuarantinePlaces(t *testing.T) {
 	_, err := OpenQuarantine(v, "/dev/shm/kmsfs-fsck-test")
 	require.ErrorIs(t, err, ErrOtherStore)
 	require.NoDirExists(t, "/dev/shm/kmsfs-fsck-test")
+}
+
+// TestPlantedQuarantine: a quarantine that others may write to is none. Nothing is written
+// into somebody's file through it, nobody waits for what was planted there, and a symlink
+// leads no damaged file back into the volume.
+func TestPlantedQuarantine(t *testing.T) {
+	s := newStage(t, volume.NamesPlain)
+	v := s.unlocked()
+	beside := filepath.Dir(s.dir)
+	precious := filepath.Join(beside, "precious")
+	require.NoError(t, os.WriteFile(precious, []byte("mine"), 0o600))
+	for name, plant := range map[string]func(dir string) error{
+		"fifo":          func(dir string) error { return unix.Mkfifo(filepath.Join(dir, ManifestFile), 0o600) },
+		"hard link":     func(dir string) error { return os.Link(precious, filepath.Join(dir, ManifestFile)) },
+		"symlink":       func(dir string) error { return os.Symlink(precious, filepath.Join(dir, ManifestFile)) },
+		"anybody's":     func(dir string) error { return os.Chmod(dir, 0o777) },
+		"a group's":     func(dir string) error { return os.Chmod(dir, 0o770) },
+		"somebody's":    func(dir string) error { return os.Chown(dir, 65534, -1) },
+		"leads back in": func(dir string) error { return cmp.Or(os.Remove(dir), os.Symlink(s.dir, dir)) },
+	} {
+		dir := filepath.Join(beside, "q "+name)
+		require.NoError(t, os.Mkdir(dir, 0o700))
+		require.NoError(t, plant(dir))
+		opened := make(chan error, 1)
+		go func() {
+			q, err := OpenQuarantine(v, dir)
+			if err == nil {
+				err = errors.Join(q.note(manifestLine{}), q.Close())
+				if err == nil {
+					err = errors.New("nothing is wrong with it")
+				}
+				t.Errorf("%s: %v", name, err)
+			}
+			opened <- err
+		}()
+		select {
+		case err := <-opened:
+			require.Error(t, err, name)
+		case <-time.After(10 * time.Second):
+			t.Fatalf("%s: it waits", name)
+		}
+	}
+	got, err := os.ReadFile(precious)
+	require.NoError(t, err)
+	require.Equal(t, "mine", string(got))
 }

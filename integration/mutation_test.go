@@ -207,6 +207,9 @@ func (f *fuzzed) sane(r harness.Result, statuses ...int) {
 func (f *fuzzed) trusted() {
 	f.t.Helper()
 	for _, c := range f.kms.Calls() {
+		if c.Error == "InvalidSignatureException" { // five minutes on its way: KMS looked at nothing else
+			continue
+		}
 		if f.lets&settings != 0 {
 			require.Contains(f.t, c.Key, kmstest.DefaultAccount, f.what())
 			continue

@@ -3,7 +3,9 @@ package keys
 import (
 	"context"
 	"crypto/fips140"
+	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -125,7 +127,39 @@ func (p *profile) client(region string) *awskms.Client {
 		if p.endpoint != "" {
 			o.BaseEndpoint = aws.String(p.endpoint)
 		}
+		o.HTTPClient = boundedClient{o.HTTPClient}
 	})
+}
+
+// maxAnswer is more than KMS ever says.
+const maxAnswer = 1 << 20
+
+var errLongAnswer = errors.New("the answer has no end: whatever listens there is not KMS")
+
+// A boundedClient reads no more of an answer than that. The SDK would keep all of it in
+// memory, as much as comes within the deadline.
+type boundedClient struct{ awskms.HTTPClient }
+
+func (c boundedClient) Do(r *http.Request) (*http.Response, error) {
+	resp, err := c.HTTPClient.Do(r)
+	if err == nil && resp.Body != nil {
+		resp.Body = &boundedBody{resp.Body, maxAnswer}
+	}
+	return resp, err
+}
+
+type boundedBody struct {
+	io.ReadCloser
+	left int
+}
+
+func (b *boundedBody) Read(p []byte) (int, error) {
+	if b.left == 0 {
+		return 0, errLongAnswer
+	}
+	n, err := b.ReadCloser.Read(p[:min(len(p), b.left)])
+	b.left -= n
+	return n, err
 }
 
 // load reads the configuration of a profile. region is for what the profile does

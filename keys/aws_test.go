@@ -524,6 +524,34 @@ func TestConnectionsAreKept(t *testing.T) {
 	require.LessOrEqual(t, opened.Load(), first+parallel/3)
 }
 
+// TestAnswerWithoutEnd: an endpoint that goes on and on is not listened to, whatever its
+// status is: it would fill the daemon's memory.
+func TestAnswerWithoutEnd(t *testing.T) {
+	isolateAWS(t)
+	var sent atomic.Int64
+	var status atomic.Int32
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/x-amz-json-1.1")
+		w.WriteHeader(int(status.Load()))
+		_, err := w.Write([]byte(`{"KeyId":"` + arnA + `","__type":"`))
+		for chunk := []byte(strings.Repeat("A", 64<<10)); err == nil && sent.Load() < 256<<20; sent.Add(int64(len(chunk))) {
+			_, err = w.Write(chunk)
+		}
+	}))
+	defer srv.Close()
+	a, err := NewAWS(AWSOptions{Endpoint: srv.URL, Credentials: motoCredentials, Deadline: time.Second})
+	require.NoError(t, err)
+	for _, s := range []int32{http.StatusOK, http.StatusBadRequest, http.StatusInternalServerError} {
+		status.Store(s)
+		sent.Store(0)
+		_, err = a.Decrypt(t.Context(), arnA, nil, []byte("x"))
+		var e *Error
+		require.ErrorAs(t, err, &e, "%d", s)
+		require.NotErrorIs(t, err, crypt.ErrDamaged, "%d", s)
+		require.Less(t, sent.Load(), int64(200<<20), "%d", s) // of several tries, and what lies in sockets
+	}
+}
+
 func TestNegativeDeadline(t *testing.T) {
 	_, err := NewAWS(AWSOptions{Deadline: -1})
 	require.Error(t, err)

@@ -7,8 +7,11 @@ import (
 	"fmt"
 	mathrand "math/rand/v2"
 	"os"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"golang.org/x/sys/unix"
 )
@@ -200,7 +203,16 @@ func readLock(f *os.File) (text lockText) {
 	if json.Unmarshal(buf[:n], &text) != nil {
 		return lockText{}
 	}
+	text.Host, text.Owner = printable(text.Host), printable(text.Owner)
 	return text
+}
+
+// printable is what may be shown of a text that somebody else may have written.
+func printable(text string) string {
+	if strings.IndexFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }) < 0 {
+		return text
+	}
+	return strconv.Quote(text)
 }
 
 func (t lockText) holder() *Holder {

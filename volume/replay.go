@@ -1,10 +1,12 @@
 package volume
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"time"
@@ -108,21 +110,31 @@ func (v *Volume) replayFile(it *Item, f *os.File, p *slotPlan, list []slotFlight
 	}
 	defer unix.Close(fd)
 	slices.SortFunc(list, func(a, b slotFlight) int { return cmp.Compare(a.seq, b.seq) })
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
 	var errs []error
+	timed := true // the file has the times of all these writes
 	for _, fl := range list {
 		ours, err := v.isFor(fd, &fl.flight)
 		if err == nil && !ours {
 			r.Gone++
 			continue
 		}
+		var begun bool
 		if err == nil {
-			err = v.replayFlight(fd, f, p, fl)
+			begun, err = v.replayFlight(fd, f, p, fl)
 		}
 		if err != nil {
 			errs = append(errs, err)
 			continue
 		}
+		timed = timed && begun
 		r.Finished++
+	}
+	if timed { // it was written then, not now
+		errs = append(errs, Utimens(fd, &[2]unix.Timespec{st.Atim, st.Mtim}))
 	}
 	return errors.Join(errs...)
 }
@@ -170,14 +182,21 @@ func InodeOf(st *unix.Statx_t) Inode {
 	return id
 }
 
-func (v *Volume) replayFlight(fd int, f *os.File, p *slotPlan, fl slotFlight) error {
+// replayFlight finishes a write. begun says that it had begun before: the file has its time.
+func (v *Volume) replayFlight(fd int, f *os.File, p *slotPlan, fl slotFlight) (begun bool, err error) {
 	off, size := p.data(fl.slot)
 	if fl.Len < 0 || fl.Len > size {
-		return fmt.Errorf("the write makes no sense: %w", crypt.ErrDamaged)
+		return false, fmt.Errorf("the write makes no sense: %w", crypt.ErrDamaged)
 	}
 	records := make([]byte, fl.Len)
 	if _, err := f.ReadAt(records, off); err != nil {
-		return err
+		return false, err
 	}
-	return fl.Replay(NewBacking(fd), v.BlockSize(), records)
+	// A write begins with its first page, after it has set the times; no two records have
+	// the same nonce.
+	first := make([]byte, min(crypt.RecordOverhead, fl.Len))
+	if n, err := NewBacking(fd).ReadAt(first, fl.Off); n == len(first) || err == io.EOF {
+		begun = bytes.Equal(first[:n], records[:len(first)])
+	}
+	return begun, fl.Replay(NewBacking(fd), v.BlockSize(), records)
 }

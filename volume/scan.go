@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -42,7 +41,7 @@ func (it *Item) StoredPath() string {
 	if it.Err != nil {
 		return ""
 	}
-	return path.Join(it.dir.stored, it.Name)
+	return it.dir.at.storedPath(it.Name)
 }
 
 // OpenPath opens (O_PATH) what was met, of whatever kind it is; ErrGone if something

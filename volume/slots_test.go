@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"hash/crc32"
 	"os"
 	"strconv"
@@ -444,4 +445,33 @@ func TestDocumentedSlots(t *testing.T) {
 	require.Equal(t, build("| offset | bytes | entry |", []any{
 		uint32(0), sum, uint64(11), uint64(12), uint64(13), int64(14), int64(15), int64(16), file[:], byte(1), []byte{},
 	}), entry)
+}
+
+// TestReplayKeepsTheTime: a write that had begun has set the file's mtime, and to finish it
+// sets no other: nothing was changed since. One that had not begun changes the file now.
+func TestReplayKeepsTheTime(t *testing.T) {
+	for _, begun := range []bool{true, false} {
+		x := newVictim(t)
+		_, err := x.f.WriteAt(bytes.Repeat([]byte{1}, 3*4096+100), 0)
+		require.NoError(t, err)
+		path := fmt.Sprintf("/proc/self/fd/%d", x.b.Fd())
+		stored, err := os.Readlink(path)
+		require.NoError(t, err)
+		after := int64(0)
+		if begun {
+			after = 5000
+		}
+		x.killed(bytes.Repeat([]byte{2}, 3*4096+200), 0, after)
+		was := time.Now().Add(-time.Hour).Truncate(time.Microsecond)
+		require.NoError(t, os.Chtimes(stored, was, was))
+		v, r := x.next()
+		require.Equal(t, 1, r.Finished)
+		require.Empty(t, r.Errs)
+		got, err := x.read(v)
+		require.NoError(t, err)
+		require.Equal(t, bytes.Repeat([]byte{2}, 3*4096+200), got)
+		info, err := os.Stat(stored)
+		require.NoError(t, err)
+		require.Equal(t, begun, info.ModTime().Equal(was), "%v", info.ModTime())
+	}
 }

@@ -1,7 +1,6 @@
 package volume
 
 import (
-	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -136,18 +135,14 @@ func newTails(f tailStore, size int64) *Tails {
 // mostHeld leaves room for the ends of files that are written now.
 const mostHeld = tailSlots - 32
 
-// hold takes over what an earlier mount kept and RecoverTails could not judge; of too
-// many the newest.
+// hold takes over what an earlier mount kept and RecoverTails could not judge. If that
+// leaves no room, nothing new is kept.
 func (t *Tails) hold(list []heldTail) {
-	slices.SortFunc(list, func(a, b heldTail) int { return cmp.Compare(b.seq, a.seq) })
-	for i, h := range list {
+	t.off = t.off || len(list) > mostHeld
+	for _, h := range list {
 		e := &keptTail{slot: h.slot, inode: h.inode, tail: crypt.Tail{File: h.tail.File, Off: h.tail.Off}}
 		t.seq = max(t.seq, h.seq)
 		t.free = slices.DeleteFunc(t.free, func(slot int) bool { return slot == h.slot })
-		if i >= mostHeld {
-			t.freeLocked(e)
-			continue
-		}
 		t.held[h.inode.Ino] = append(t.held[h.inode.Ino], e)
 	}
 }
@@ -558,6 +553,9 @@ func (t *Tails) Full() <-chan struct{} {
 	}
 	return t.full
 }
+
+// Keeping reports whether the ends of files that are written now are kept.
+func (t *Tails) Keeping() bool { return t != nil && !t.off }
 
 // Stats reports the counters.
 func (t *Tails) Stats() TailStats {

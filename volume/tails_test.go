@@ -3,9 +3,12 @@ package volume
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
+	"fmt"
 	"hash/crc32"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -386,7 +389,7 @@ func TestEndThatIsKeptIsNotCutOff(t *testing.T) {
 	x, want := torn(t)
 	v := openVolume(t, x.v.Path(), x.key)
 	require.Equal(t, 1, v.RecoverTails(t.Context(), denied).Held)
-	require.Equal(t, EndRecovery{}, v.RecoverEnds(t.Context(), time.Time{}, x.open))
+	require.Equal(t, EndRecovery{Looked: 1, Left: 1, Later: []uint64{x.b.inode.Ino}}, v.RecoverEnds(t.Context(), &Marker{}, x.open))
 	require.Len(t, v.RecoverTails(t.Context(), x.open).Put, 1)
 	got, err := x.read(v)
 	require.NoError(t, err)
@@ -418,18 +421,70 @@ func TestEndOfAFileThatWasNotFound(t *testing.T) {
 	}
 }
 
-// TestHeldEndsLeaveRoom: those of now need a place, or every write would wait for one.
-func TestHeldEndsLeaveRoom(t *testing.T) {
-	tails := newTails(&memTails{}, 8192)
-	var list []heldTail
-	for i := range tailSlots {
-		list = append(list, heldTail{slot: i, seq: uint64(i), inode: Inode{Ino: uint64(i)}})
+// TestHeldEndsLeaveNoRoom: those of an earlier mount are not dropped for those of now. If
+// they leave too little room nothing new is kept, and nobody waits for a place.
+func TestHeldEndsLeaveNoRoom(t *testing.T) {
+	for n, keeping := range map[int]bool{mostHeld: true, mostHeld + 1: false, tailSlots: false} {
+		tails := newTails(&memTails{}, 8192)
+		var list []heldTail
+		for i := range n {
+			list = append(list, heldTail{slot: i, seq: uint64(i), inode: Inode{Ino: uint64(i)}})
+		}
+		tails.hold(list)
+		require.Len(t, tails.held, n)
+		require.Len(t, tails.free, tailSlots-n)
+		require.Equal(t, keeping, tails.Keeping())
+		require.NoError(t, tails.Keep(Inode{Ino: 1000}, aTail(1)))
+		require.Equal(t, keeping, tails.Stats().Kept == 1)
 	}
-	tails.hold(list)
-	require.Len(t, tails.free, tailSlots-mostHeld)
-	require.Len(t, tails.held, mostHeld)
-	require.NotContains(t, tails.held, uint64(tailSlots-mostHeld-1), "the oldest goes")
-	require.NoError(t, tails.Keep(Inode{Ino: 1000}, aTail(1)))
+}
+
+// TestManyEndsAreComparedAtOnce: a mount waits for one answer of the key service, not for
+// one after the other, and no longer than it is to.
+func TestManyEndsAreComparedAtOnce(t *testing.T) {
+	x, want := torn(t)
+	v := openVolume(t, x.v.Path(), x.key)
+	raw, err := os.ReadFile(filepath.Join(x.v.Path(), TailsFile))
+	require.NoError(t, err)
+	stored, err := filepath.Glob(filepath.Join(x.v.Path(), "*", "*"))
+	require.NoError(t, err)
+	require.Len(t, stored, 1)
+	for i := range recoverJobs { // clones, each with an end of its own that is kept
+		other := filepath.Join(x.v.Path(), fmt.Sprint("other", i))
+		require.NoError(t, exec.Command("cp", "--preserve=xattr", stored[0], other).Run())
+		var st unix.Stat_t
+		require.NoError(t, unix.Stat(other, &st))
+		slot := raw[tailPage+(i+1)*8192:][:8192]
+		copy(slot, raw[tailPage:tailPage+8192])
+		binary.LittleEndian.PutUint64(slot[16:], st.Ino)
+		n := binary.LittleEndian.Uint32(slot[32:])
+		binary.LittleEndian.PutUint32(slot[4:], crc32.Checksum(slot[8:tailEntry+n], castagnoli))
+	}
+	require.NoError(t, os.WriteFile(filepath.Join(x.v.Path(), TailsFile), raw, 0o600))
+	waiting, go_ := make(chan bool, 100), make(chan bool)
+	all := make(chan TailRecovery)
+	go func() {
+		all <- v.RecoverTails(t.Context(), func(ctx context.Context, h *crypt.Header) (*crypt.Secrets, error) {
+			waiting <- true
+			<-go_
+			return x.open(ctx, h)
+		})
+	}()
+	for range recoverJobs {
+		select {
+		case <-waiting:
+		case <-time.After(time.Minute):
+			t.Fatal("one waits for the other")
+		}
+	}
+	close(go_)
+	r := <-all
+	require.Equal(t, recoverJobs+1, r.Found)
+	require.Len(t, r.Put, recoverJobs+1)
+	require.Empty(t, r.Errs)
+	got, err := x.read(v)
+	require.NoError(t, err)
+	require.Equal(t, want, got)
 }
 
 // TestPlantedTails: whatever stands under the name, nothing is written outside the

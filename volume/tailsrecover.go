@@ -9,14 +9,42 @@ import (
 	"hash/crc32"
 	"os"
 	"slices"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
 	"kmsfs/crypt"
 )
 
-// A KeyOpener opens the data key of a header; the caller owns the result.
+// A KeyOpener opens the data key of a header; the caller owns the result. It is called by
+// recoverJobs goroutines at once, and says ErrLater when it is to be asked no more.
 type KeyOpener func(context.Context, *crypt.Header) (*crypt.Secrets, error)
+
+// ErrLater is what a KeyOpener says that has no time left. The files it is asked for are
+// left to the next mount, and counted instead of told one by one.
+var ErrLater = errors.New("this one waits for the next mount")
+
+// recoverJobs is how many keys are asked for at once when a mount recovers.
+const recoverJobs = 32
+
+// jobs runs what is given to it in recoverJobs goroutines. Who has something to do waits
+// for one.
+type jobs struct {
+	running sync.WaitGroup
+	slots   chan struct{}
+}
+
+func newJobs() *jobs { return &jobs{slots: make(chan struct{}, recoverJobs)} }
+
+// on has do called with the item, which is held meanwhile.
+func (j *jobs) on(it *Item, do func()) {
+	it.Hold()
+	j.slots <- struct{}{}
+	j.running.Go(func() {
+		defer func() { it.Release(); <-j.slots }()
+		do()
+	})
+}
 
 // TailRecovery says what became of the ends that a mount which ended uncleanly kept.
 type TailRecovery struct {
@@ -71,25 +99,19 @@ func (v *Volume) recoverTails(ctx context.Context, f *os.File, byIno map[uint64]
 	for ino := range byIno {
 		left[ino] = true
 	}
+	var mu sync.Mutex // guards r and heldTails until the jobs are done
+	jobs := newJobs()
 	whole, err := v.visitInodes(ctx, left, func(it *Item) {
-		list := byIno[it.Ino]
-		slices.SortFunc(list, func(a, b heldTail) int { return cmp.Compare(b.seq, a.seq) })
-		put, err := v.recoverFile(ctx, it, list, open)
-		switch {
-		case errors.Is(err, errOtherFile):
-			r.Gone += len(list)
-		case err != nil:
-			r.Held += len(list)
-			r.Errs = append(r.Errs, fmt.Errorf("the end of inode %d, which is kept, can't be compared with the file; that is tried again at the next mount: %w", it.Ino, err))
-			v.heldTails = append(v.heldTails, list...)
-			return
-		case put:
-			r.Put = append(r.Put, it.Ino)
-		}
-		for _, h := range list {
-			freeTail(f, v.BlockSize(), h.slot, r)
-		}
+		jobs.on(it, func() {
+			list := byIno[it.Ino]
+			slices.SortFunc(list, func(a, b heldTail) int { return cmp.Compare(b.seq, a.seq) })
+			put, err := v.recoverFile(ctx, it, list, open)
+			mu.Lock()
+			defer mu.Unlock()
+			v.judged(f, it.Ino, list, put, err, r)
+		})
 	})
+	jobs.running.Wait()
 	for ino := range left {
 		if whole {
 			r.Gone += len(byIno[ino])
@@ -102,6 +124,26 @@ func (v *Volume) recoverTails(ctx context.Context, f *os.File, byIno map[uint64]
 		v.heldTails = append(v.heldTails, byIno[ino]...)
 	}
 	return err
+}
+
+// judged lets go of what was kept of one file, unless it could not be compared.
+func (v *Volume) judged(f *os.File, ino uint64, list []heldTail, put bool, err error, r *TailRecovery) {
+	switch {
+	case errors.Is(err, errOtherFile):
+		r.Gone += len(list)
+	case err != nil:
+		r.Held += len(list)
+		if !errors.Is(err, ErrLater) {
+			r.Errs = append(r.Errs, fmt.Errorf("the end of inode %d, which is kept, can't be compared with the file; that is tried again at the next mount: %w", ino, err))
+		}
+		v.heldTails = append(v.heldTails, list...)
+		return
+	case put:
+		r.Put = append(r.Put, ino)
+	}
+	for _, h := range list {
+		freeTail(f, v.BlockSize(), h.slot, r)
+	}
 }
 
 func freeTail(f *os.File, blockSize, slot int, r *TailRecovery) {

@@ -54,7 +54,9 @@ type Volume struct {
 	ids    idRegistry
 	longMu sync.Mutex // one change to long names at a time: entry and sidecar belong together
 
-	lock lockFile
+	lock              lockFile
+	markFirst, marked uint64 // numbers of markers; of who has the volume locked
+
 	// heldTails are kept ends that RecoverTails could not judge. This mount must know
 	// whose they are.
 	heldTails []heldTail

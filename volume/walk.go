@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -47,9 +46,9 @@ func (it *Item) Path() string {
 		return it.full
 	}
 	if it.IsSidecar() { // it has no plain name
-		return path.Join(it.dir.path, it.Name)
+		return it.dir.at.path(it.Name)
 	}
-	return path.Join(it.dir.path, it.dir.plain(it.Name))
+	return it.dir.at.path(it.dir.plain(it.Name))
 }
 
 // Peek reads the header's bytes (nil if there is none) and the attributes of the
@@ -155,14 +154,43 @@ func (it *Item) Release() {
 
 // walkDir is a directory's descriptor, shared by the walk and the items held.
 type walkDir struct {
-	v      *Volume
-	fd     int
-	dev    uint64 // the volume's
-	root   bool
-	path   string
-	stored string // as path, of stored names
-	names  *Dir   // translates names; its fd is borrowed. nil if names can't be translated
-	refs   atomic.Int32
+	v     *Volume
+	fd    int
+	dev   uint64 // the volume's
+	root  bool
+	at    *walkPlace
+	names *Dir // translates names; its fd is borrowed. nil if names can't be translated
+	refs  atomic.Int32
+}
+
+// A walkPlace is where a directory lies. Paths are put together when somebody asks: users
+// make trees as deep as they like, and the paths of all directories on the way down would
+// take memory with the square of the depth.
+type walkPlace struct {
+	up            *walkPlace // nil at the root
+	plain, stored string     // its names in up
+}
+
+// path is that of an entry of the directory, "" of the directory itself.
+func (p *walkPlace) path(entry string) string {
+	return p.join(entry, func(p *walkPlace) string { return p.plain })
+}
+
+// storedPath is path of stored names.
+func (p *walkPlace) storedPath(entry string) string {
+	return p.join(entry, func(p *walkPlace) string { return p.stored })
+}
+
+func (p *walkPlace) join(entry string, name func(*walkPlace) string) string {
+	var names []string
+	if entry != "" {
+		names = append(names, entry)
+	}
+	for ; p.up != nil; p = p.up {
+		names = append(names, name(p))
+	}
+	slices.Reverse(names)
+	return strings.Join(names, "/")
 }
 
 // plain is a name for messages.
@@ -281,9 +309,7 @@ type walker struct {
 // buffer are given up while a subdirectory is walked, or a deep tree would eat
 // all descriptors; the names of subdirectories yet to be walked are kept.
 type frame struct {
-	stored   string // name in its parent
-	path     string
-	at       string // as path, of stored names
+	at       *walkPlace
 	dev, ino uint64
 	off      int64 // where to go on after a reopening
 	done     bool  // everything is listed
@@ -300,7 +326,7 @@ func (w *walker) enterRoot() error {
 	if err != nil {
 		return err
 	}
-	return w.push(&frame{}, fd)
+	return w.push(&frame{at: &walkPlace{}}, fd)
 }
 
 func (w *walker) top() *frame { return w.stack[len(w.stack)-1] }
@@ -312,7 +338,7 @@ func (w *walker) step() error {
 	if f.dir == nil {
 		if err := w.reopen(); err != nil {
 			w.drop()
-			return w.report(f.path, err)
+			return w.report(f.at.path(""), err)
 		}
 	}
 	switch {
@@ -333,7 +359,7 @@ func (w *walker) batch(f *frame) error {
 	list, err := f.list.batch()
 	if err != nil {
 		w.drop()
-		return w.report(f.path, err)
+		return w.report(f.at.path(""), err)
 	}
 	f.done = len(list) == 0
 	f.subdirs = nil
@@ -380,7 +406,7 @@ func (w *walker) entry(f *frame, raw rawEntry) error {
 		// for the next walk.
 		err = ErrGone
 	}
-	full := func() string { return path.Join(f.path, f.dir.plain(raw.name)) }
+	full := func() string { return f.at.path(f.dir.plain(raw.name)) }
 	switch {
 	case err != nil:
 		return w.report(full(), err)
@@ -398,23 +424,24 @@ func (w *walker) entry(f *frame, raw rawEntry) error {
 			return err
 		}
 	}
-	return w.enter(f, raw.name, full())
+	return w.enter(f, raw.name)
 }
 
 // enter goes down into a directory.
-func (w *walker) enter(f *frame, stored, full string) error {
+func (w *walker) enter(f *frame, stored string) error {
+	at := &walkPlace{up: f.at, stored: stored, plain: f.dir.plain(stored)}
 	fd, err := (&Dir{fd: f.dir.fd}).openat(stored, unix.O_PATH|unix.O_DIRECTORY, 0)
 	if err == unix.ENOTDIR {
 		err = ErrGone
 	}
 	if err != nil {
-		return w.report(full, err)
+		return w.report(at.path(""), err)
 	}
 	if len(w.stack) > walkOpen {
 		f.giveUp()
 	}
-	if err := w.push(&frame{stored: stored, path: full, at: path.Join(f.at, stored)}, fd); err != nil {
-		return w.report(full, err)
+	if err := w.push(&frame{at: at}, fd); err != nil {
+		return w.report(at.path(""), err)
 	}
 	return nil
 }
@@ -450,8 +477,8 @@ func (w *walker) list(f *frame, fd int) error {
 			return err
 		}
 	}
-	root := f.stored == ""
-	f.dir, f.list = &walkDir{v: w.v, fd: fd, dev: w.v.dev, root: root, path: f.path, stored: f.at, names: w.translator(fd, root)}, e
+	root := f.at.up == nil
+	f.dir, f.list = &walkDir{v: w.v, fd: fd, dev: w.v.dev, root: root, at: f.at, names: w.translator(fd, root)}, e
 	f.dir.refs.Store(1)
 	return nil
 }
@@ -530,7 +557,7 @@ func (w *walker) reopen() error {
 			return err
 		}
 		var next int
-		next, err = (&Dir{fd: fd}).openat(f.stored, unix.O_PATH|unix.O_DIRECTORY, 0)
+		next, err = (&Dir{fd: fd}).openat(f.at.stored, unix.O_PATH|unix.O_DIRECTORY, 0)
 		unix.Close(fd)
 		fd = next
 	}

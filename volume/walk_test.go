@@ -428,3 +428,41 @@ func TestPeekOfAFileBeingMade(t *testing.T) {
 	}
 	require.NotZero(t, looks)
 }
+
+// TestDeepTreesAreCheap: a user makes a tree as deep as he likes, and every job over the
+// volume, a mount after a kill too, walks down. The memory of that does not grow with the
+// square of the depth.
+func TestDeepTreesAreCheap(t *testing.T) {
+	const depth = 2000
+	v, _ := newVolume(t, NamesPlain)
+	name := strings.Repeat("d", 250)
+	fd, err := unix.Open(v.Path(), unix.O_PATH|unix.O_DIRECTORY, 0)
+	require.NoError(t, err)
+	for range depth {
+		require.NoError(t, unix.Mkdirat(fd, name, 0o700))
+		next, err := unix.Openat(fd, name, unix.O_PATH|unix.O_DIRECTORY, 0)
+		require.NoError(t, err)
+		unix.Close(fd)
+		fd = next
+	}
+	file, err := unix.Openat(fd, "file", unix.O_CREAT|unix.O_WRONLY, 0o600)
+	require.NoError(t, err)
+	unix.Close(file)
+	unix.Close(fd)
+	alloc := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before, met := alloc(), 0
+	require.NoError(t, v.Walk(t.Context(), func(it *Item) error {
+		require.NoError(t, it.Err)
+		require.Less(t, alloc()-before, uint64(30<<20))
+		require.Len(t, it.Path(), depth*251+len("file"))
+		require.Equal(t, it.Path(), it.StoredPath())
+		met++
+		return nil
+	}))
+	require.Equal(t, 1, met)
+}

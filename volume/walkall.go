@@ -22,7 +22,7 @@ func (v *Volume) WalkAll(ctx context.Context, visit func(*Item) error, visitDir 
 		}
 		if len(w.stack) > depth { // the step went down
 			f := w.top()
-			if err := visitDir(f.path, f.dir.fd); err != nil {
+			if err := visitDir(f.at.path(""), f.dir.fd); err != nil {
 				return err
 			}
 		}

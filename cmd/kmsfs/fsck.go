@@ -229,7 +229,7 @@ func (p *program) putTailsBack(ctx context.Context, v *volume.Volume, ring *keys
 }
 
 func refuseQuarantine(err error) error {
-	if errors.Is(err, fsck.ErrOtherStore) || errors.Is(err, fsck.ErrInside) {
+	if errors.Is(err, fsck.ErrOtherStore) || errors.Is(err, fsck.ErrInside) || errors.Is(err, fsck.ErrNotPrivate) {
 		return &failure{status: exitUsage, err: err}
 	}
 	return fmt.Errorf("opening the quarantine: %w", err)

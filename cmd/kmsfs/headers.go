@@ -12,11 +12,9 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
-	"unicode"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/time/rate"
@@ -168,7 +166,9 @@ const maxNamed = 1000
 
 func (s *headersShow) json(v any) { _ = json.NewEncoder(s.out).Encode(v) }
 
-func (s *headersShow) say(format string, args ...any) { fmt.Fprintf(s.out, format+"\n", args...) }
+func (s *headersShow) say(format string, args ...any) {
+	fmt.Fprint(s.out, harmless(fmt.Sprintf(format, args...))+"\n")
+}
 
 // problem names one file or directory that something is wrong with.
 func (s *headersShow) problem(e headers.Event) {
@@ -201,15 +201,6 @@ func kindName(k headers.Kind) string {
 		return "directory"
 	}
 	return "file"
-}
-
-// printable is a stored path on one line of a terminal: with plain names, whoever
-// may make files chooses it.
-func printable(path string) string {
-	if strings.IndexFunc(path, func(r rune) bool { return r == unicode.ReplacementChar || !unicode.IsPrint(r) }) < 0 {
-		return path
-	}
-	return strconv.Quote(path)
 }
 
 func (s *headersShow) exported(e headers.Event) {

@@ -159,7 +159,7 @@ func show(file string, h *crypt.Header, size int) *inspection {
 // String is the form for people.
 func (in *inspection) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s\n", in.File)
+	fmt.Fprintf(&b, "%s\n", printable(in.File))
 	fmt.Fprintf(&b, "  header      %d bytes, format %d, suite %d (AES-256-GCM), for a %s\n", in.Header, in.Format, in.Suite, in.Use)
 	fmt.Fprintf(&b, "  volume      %s\n", in.Volume)
 	fmt.Fprintf(&b, "  file id     %s\n", in.FileID)

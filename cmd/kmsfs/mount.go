@@ -56,11 +56,12 @@ while the file grew is put back. Files that were changed shortly before, and sti
 in bytes that do not authenticate, are cut back to their last good record, which loses
 only what was never synced; with --no-recover they are left alone (reading their last
 block fails) until a mount without it, or "kmsfs fsck --cut-ends". Each file is logged,
-and "kmsfs status DIR" counts them.
+and "kmsfs status DIR" counts them. Files whose keys can't be had within a minute
+(recover_limit) are left as they are, and the next mount looks at them.
 
 Mount options (-o): ro, rw, allow_other, suid, dev (root only), nonempty, debug,
 writeback=on|off, tail_save=on|off, lease=DURATION, grace=DURATION, idle_unmount=DURATION,
-attr_timeout=DURATION, entry_timeout=DURATION, kms_deadline=DURATION,
+attr_timeout=DURATION, entry_timeout=DURATION, recover_limit=DURATION, kms_deadline=DURATION,
 create_wait=DURATION, cache_age=DURATION, cache_keys=N,
 pool=N, prefetch=N, metrics=ADDR, noexec, noatime. Each stands in the configuration
 file too. With remount the options ro, rw, noexec, noatime and the like of a mount are

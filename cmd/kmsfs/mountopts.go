@@ -135,7 +135,7 @@ func mountOption(c *config.Config, option string) error {
 func valueOption(c *config.Config, name, value string) error {
 	durations := map[string]*config.Duration{
 		"attr_timeout": &c.Mount.AttrTimeout, "entry_timeout": &c.Mount.EntryTimeout,
-		"lease": &c.Mount.Lease, "grace": &c.Mount.Grace, "idle_unmount": &c.Mount.IdleUnmount,
+		"lease": &c.Mount.Lease, "grace": &c.Mount.Grace, "idle_unmount": &c.Mount.IdleUnmount, "recover_limit": &c.Mount.RecoverLimit,
 		"kms_deadline": &c.KMS.Deadline, "create_wait": &c.KMS.CreateWait, "cache_age": &c.KMS.CacheAge,
 	}
 	counts := map[string]*int{"cache_keys": &c.KMS.CacheKeys, "pool": &c.KMS.Pool, "prefetch": &c.KMS.Prefetch}

@@ -246,7 +246,7 @@ func (s *rekeyShow) jsonReport(r rekey.Report, err error) {
 
 func (s *rekeyShow) report(r rekey.Report, err error) {
 	for _, problem := range r.Problems {
-		fmt.Fprintf(s.err, "kmsfs: %s: %s: %s\n", problem.Path, problem.Outcome, sentence(problem.Err))
+		fmt.Fprintf(s.err, "kmsfs: %s: %s: %s\n", printable(problem.Path), problem.Outcome, sentence(problem.Err))
 	}
 	if n := r.Failed + r.Bad + r.Strange - len(r.Problems); n > 0 {
 		fmt.Fprintf(s.err, "kmsfs: and %d more\n", n)

@@ -156,7 +156,7 @@ func (p *program) showStatus(r volumeReport) {
 	}
 	p.say("  files with contents: %d, of which without a valid header: %d; empty files: %d", r.Files, r.NoHeader, r.Empty)
 	for _, q := range r.Problems {
-		fmt.Fprintf(p.err, "kmsfs: %s: %s\n", q.Path, q.Error)
+		fmt.Fprintf(p.err, "kmsfs: %s: %s\n", printable(q.Path), q.Error)
 	}
 }
 

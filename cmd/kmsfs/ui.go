@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
+	"unicode"
 
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
@@ -181,7 +183,35 @@ func sentence(err error) string {
 
 // oneLine joins the lines of an error.
 func oneLine(text string) string {
-	return strings.ReplaceAll(strings.TrimRight(text, "\n; "), "\n", "; ")
+	return harmless(strings.ReplaceAll(strings.TrimRight(text, "\n; "), "\n", "; "))
+}
+
+// harmless is a text without what would steer a terminal: whoever may make files, or write
+// the backing directory, chooses names that are shown.
+func harmless(text string) string {
+	bad := func(r rune) bool {
+		return r == unicode.ReplacementChar || !unicode.IsPrint(r) && r != '\n' && r != '\t'
+	}
+	if strings.IndexFunc(text, bad) < 0 {
+		return text
+	}
+	var b strings.Builder
+	for _, r := range text {
+		if bad(r) {
+			b.WriteString(strings.Trim(strconv.QuoteRuneToASCII(r), "'"))
+		} else {
+			b.WriteRune(r)
+		}
+	}
+	return b.String()
+}
+
+// printable is a name on one line of a terminal.
+func printable(name string) string {
+	if strings.IndexFunc(name, func(r rune) bool { return r == unicode.ReplacementChar || !unicode.IsPrint(r) }) < 0 {
+		return name
+	}
+	return strconv.Quote(name)
 }
 
 // A console is where the program speaks and listens.
@@ -203,11 +233,13 @@ func isTerminal(stream any) bool {
 }
 
 // say reports what was done.
-func (c *console) say(format string, args ...any) { fmt.Fprintf(c.out, format+"\n", args...) }
+func (c *console) say(format string, args ...any) {
+	fmt.Fprint(c.out, harmless(fmt.Sprintf(format, args...))+"\n")
+}
 
 // warn reports what a person should know although the command goes on.
 func (c *console) warn(format string, args ...any) {
-	fmt.Fprintf(c.err, "kmsfs: warning: "+format+"\n", args...)
+	fmt.Fprint(c.err, "kmsfs: warning: "+oneLine(fmt.Sprintf(format, args...))+"\n")
 }
 
 // complain reports the error that ends the command.
@@ -215,7 +247,7 @@ func (c *console) complain(err error) { fmt.Fprintln(c.err, "kmsfs: "+sentence(e
 
 // confirm asks a question that wants "yes" written out.
 func (c *console) confirm(question string) bool {
-	fmt.Fprintf(c.err, "%s [yes/no] ", question)
+	fmt.Fprintf(c.err, "%s [yes/no] ", harmless(question))
 	line, _ := bufio.NewReader(c.in).ReadString('\n')
 	return strings.EqualFold(strings.TrimSpace(line), "yes")
 }

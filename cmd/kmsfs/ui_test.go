@@ -139,11 +139,11 @@ func TestMountOptions(t *testing.T) {
 	c := config.Default()
 	for _, o := range []string{"ro", "allow_other", "suid", "dev", "nonempty", "debug", "writeback=off", "attr_timeout=3s", "entry_timeout=4s",
 		"kms_deadline=5s", "create_wait=1s", "cache_age=6s", "cache_keys=7", "pool=8", "noexec", "defaults", "_netdev", "x-systemd.automount", "x-a=b",
-		"lease=7s", "grace=0s", "idle_unmount=8s", "prefetch=9", "metrics=:9100", "tail_save=off", "allow_suid", "allow_dev", "owner", "strictatime"} {
+		"lease=7s", "grace=0s", "idle_unmount=8s", "recover_limit=6s", "prefetch=9", "metrics=:9100", "tail_save=off", "allow_suid", "allow_dev", "owner", "strictatime"} {
 		require.NoError(t, mountOption(c, o), o)
 	}
 	s := config.Duration(time.Second)
-	require.Equal(t, config.Mount{ReadOnly: true, AllowOther: true, Suid: true, Dev: true, NonEmpty: true, Debug: true, AttrTimeout: 3 * s, EntryTimeout: 4 * s, Lease: 7 * s, IdleUnmount: 8 * s, Metrics: ":9100", Options: []string{"noexec", "strictatime"}}, c.Mount)
+	require.Equal(t, config.Mount{ReadOnly: true, AllowOther: true, Suid: true, Dev: true, NonEmpty: true, Debug: true, AttrTimeout: 3 * s, EntryTimeout: 4 * s, Lease: 7 * s, IdleUnmount: 8 * s, RecoverLimit: 6 * s, Metrics: ":9100", Options: []string{"noexec", "strictatime"}}, c.Mount)
 	require.Equal(t, config.KMS{Deadline: 5 * s, CreateWait: s, CacheAge: 6 * s, CacheKeys: 7, Pool: 8, Prefetch: 9}, c.KMS)
 	require.NoError(t, mountOption(c, "rw"))
 	require.NoError(t, mountOption(c, "nosuid"))
