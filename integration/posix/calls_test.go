@@ -14,7 +14,7 @@ import (
 )
 
 var vectorsDiffers = map[string]string{
-	"(write|read) nowait":         "the kernel's FUSE knows no RWF_NOWAIT",
+	"(write|wrote|read) nowait":   "the kernel's FUSE knows no RWF_NOWAIT",
 	"(write|wrote|read) uncached": "nor RWF_DONTCACHE",
 }
 
