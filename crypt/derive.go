@@ -185,10 +185,10 @@ func (s *Secrets) expand(label string, extra, out []byte) error {
 // expand fills out with HKDF-Expand(prk, label, immutable bytes, extra): label
 // and bytes are preceded by their lengths, so that no two uses collide.
 func expand(prk *Key, label string, id *Identity, extra, out []byte) error {
-	info := append([]byte{byte(len(label))}, label...)
-	bound := id.appendBound(nil)
-	info = append(info, byte(len(bound)))
-	info = append(info, bound...)
+	var room [128]byte
+	info := append(append(room[:0], byte(len(label))), label...)
+	info = append(info, boundSize)
+	info = id.appendBound(info)
 	info = append(info, extra...)
 	return prk.Use(func(prk []byte) error {
 		k, err := hkdf.Expand(sha256.New, prk, string(info), len(out))

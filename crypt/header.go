@@ -19,11 +19,12 @@ const (
 	SuiteAES256   = 1 // AES-256-GCM records, HKDF-SHA-256
 
 	MaxCopies    = 8
-	MaxBlob      = 512  // bytes of one wrapped key
-	MaxHeader    = 8192 // bytes a parser will look at
-	identitySize = 76   // bytes of the immutable part
-	trailerSize  = 6    // total length and CRC32C
-	generation   = 1    // reserved
+	MaxBlob      = 512                    // bytes of one wrapped key
+	MaxHeader    = 8192                   // bytes a parser will look at
+	identitySize = 76                     // bytes of the immutable part
+	boundSize    = identitySize - KeySize // of those, all but the commitment
+	trailerSize  = 6                      // total length and CRC32C
+	generation   = 1                      // reserved
 )
 
 // Block sizes a volume may have, in bytes.

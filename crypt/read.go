@@ -6,6 +6,10 @@ import (
 	"syscall"
 )
 
+// readSize is how much plaintext is read from the store before it is opened: it and its
+// records fit in a core's own cache, where the store's copy has just put them.
+const readSize = 128 << 10
+
 // ReadAt reads plaintext (io.ReaderAt). Below Size it never returns less than
 // was asked for without an error: the kernel would take missing bytes for
 // zeros. After ErrDamaged the n bytes before the damage are good.
@@ -15,7 +19,7 @@ func (f *File) ReadAt(p []byte, off int64) (n int, err error) {
 	}
 	f.readEndAgain()
 	for n < len(p) {
-		m, err := f.readChunk(p[n:min(len(p), n+chunkSize)], off+int64(n))
+		m, err := f.readChunk(p[n:min(len(p), n+readSize)], off+int64(n))
 		n += m
 		if err != nil {
 			return n, err

@@ -1,6 +1,7 @@
 package fs
 
 import (
+	"runtime"
 	"sync/atomic"
 	"syscall"
 
@@ -107,11 +108,22 @@ type answers struct {
 	n             [requestKinds][lastErrno + 1]atomic.Int64
 	read, written atomic.Int64 // bytes
 	panics        atomic.Int64
+	turn          atomic.Uint64
 }
+
+// turnEvery is after how many requests one calls the scheduler of Go's. A goroutine that
+// reads requests and answers them never does so by itself, and 10 ms later the runtime
+// takes it for one that keeps others from running: it takes its processor away in every
+// system call, looking again every 20 us, as long as there is something to do (retake in
+// Go's runtime/proc.go).
+const turnEvery = 64
 
 // note counts an answer and hands it on.
 func (a *answers) note(r request, code fuse.Status) fuse.Status {
 	a.n[r][max(0, min(int(code), lastErrno))].Add(1)
+	if a.turn.Add(1)%turnEvery == 0 {
+		runtime.Gosched()
+	}
 	return code
 }
 

@@ -28,6 +28,8 @@ type file struct {
 	bar atomic.Pointer[bar]
 	// stale: the kernel may show pages that could not be written.
 	stale atomic.Bool
+	// made: we made it, and it has had no header yet.
+	made atomic.Bool
 	// kept: a use is counted for the end, which is in memory only (crypt.File.Torn).
 	kept atomic.Bool
 	// node is one that the kernel knows the file by, from the first handle on.
@@ -106,7 +108,7 @@ func (f *file) ready(n *node, want uint32) error {
 	if rw {
 		flags = unix.O_RDWR
 	}
-	fd, err := f.openBacking(n, flags)
+	fd, mtime, err := f.openBacking(n, flags)
 	if err == unix.EACCES && want == unix.W_OK {
 		fd, err = f.openUnreadable(n)
 	}
@@ -114,7 +116,7 @@ func (f *file) ready(n *node, want uint32) error {
 		return err
 	}
 	f.install(fd, rw)
-	f.learnTime(fd)
+	f.learnTime(fd, mtime)
 	return nil
 }
 
@@ -133,25 +135,35 @@ func (f *file) openUnreadable(n *node) (fd int, err error) {
 }
 
 // openBacking opens the backing file anew: through the descriptor there is, or
-// by name. O_DIRECT, O_APPEND and O_TRUNC never reach it.
-func (f *file) openBacking(n *node, flags int) (fd int, err error) {
+// by name. O_DIRECT, O_APPEND and O_TRUNC never reach it. mtime is nil if it was not
+// looked at.
+func (f *file) openBacking(n *node, flags int) (fd int, mtime *unix.Timespec, err error) {
 	if have := f.descriptor(); have >= 0 {
-		return reopen(have, flags)
+		fd, err = reopen(have, flags)
+		return fd, nil, err
 	}
 	checked := func(opened int, err error) error {
 		if err != nil {
 			return err
 		}
-		if err = n.checkFd(opened); err != nil {
+		var st unix.Statx_t
+		if err = n.fs.statFd(opened, &st); err == nil {
+			err = n.check(&st)
+		}
+		if err != nil {
 			unix.Close(opened)
 			return err
 		}
-		fd = opened
+		fd, mtime = opened, mtimeOf(&st)
 		return nil
 	}
 	err = n.viaName(func(kept int) error { return checked(reopen(kept, flags)) },
 		func(d *volume.Dir, name string) error { return checked(d.Open(name, flags)) })
-	return fd, err
+	return fd, mtime, err
+}
+
+func mtimeOf(st *unix.Statx_t) *unix.Timespec {
+	return &unix.Timespec{Sec: st.Mtime.Sec, Nsec: int64(st.Mtime.Nsec)}
 }
 
 // procPath names what fd refers to; opening it opens that inode, whatever became
@@ -238,12 +250,19 @@ func (f *file) keepTold() {
 // anew: what the kernel kept of earlier changes it sent before their last handle went.
 // Without, a write within one tick of that time would move the backing file's alone: the
 // store gives a file whose time was asked for a finer one.
-func (f *file) learnTime(fd int) {
+// mtime is nil if it is not known yet.
+func (f *file) learnTime(fd int, mtime *unix.Timespec) {
 	f.timesMu.Lock()
 	defer f.timesMu.Unlock()
-	var st unix.Stat_t
-	if f.told == nil && unix.Fstat(fd, &st) == nil {
-		f.tell(st.Mtim)
+	if f.told != nil {
+		return
+	}
+	var st unix.Statx_t
+	if mtime == nil && f.fs.statFd(fd, &st) == nil {
+		mtime = mtimeOf(&st)
+	}
+	if mtime != nil {
+		f.tell(*mtime)
 	}
 }
 
@@ -344,6 +363,9 @@ func (s *store) SetHeader(raw []byte) error {
 	s.f.modeMu.Lock()
 	defer s.f.modeMu.Unlock()
 	s.f.fs.tend.changed()
+	if s.f.made.Swap(false) {
+		return s.cur.Load().FirstHeader(raw)
+	}
 	return s.cur.Load().SetHeader(raw)
 }
 

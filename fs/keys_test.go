@@ -471,7 +471,7 @@ func TestMountTable(t *testing.T) {
 	require.True(t, strings.HasPrefix(line, w.backing+" "+w.mnt+" fuse.kmsfs rw,nosuid,nodev,"), line)
 	ahead, err := os.ReadFile("/sys/class/bdi/" + deviceOf(w.mnt) + "/read_ahead_kb")
 	require.NoError(t, err)
-	require.Equal(t, "1024\n", string(ahead))
+	require.Equal(t, "2048\n", string(ahead))
 }
 
 func TestUnmountBusy(t *testing.T) {

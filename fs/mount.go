@@ -307,8 +307,9 @@ func (fs *fileSystem) panicked(reason any) fuse.Status {
 	return fuse.EIO
 }
 
-// readAheadKB makes READs as large as requests can be; the kernel's default is 128.
-const readAheadKB = "1024"
+// readAheadKB makes READs as large as requests can be, and lets two be under way, so that
+// one is opened while the other is copied; the kernel's default is 128.
+const readAheadKB = "2048"
 
 // setReadAhead raises the mount's read-ahead. Only root may; it is no error not
 // to. The mount table tells the device: we never touch our own mount.

@@ -168,10 +168,11 @@ func (n *node) adopt(fd int, st *unix.Statx_t, k freshKey, write bool) (*file, e
 		v.Prime(k.Fresh)
 	}
 	f.install(fd, true)
+	f.made.Store(true)
 	f.view.Store(v)
 	f.reconsider(v)
 	f.timesMu.Lock()
-	f.tell(unix.Timespec{Sec: st.Mtime.Sec, Nsec: int64(st.Mtime.Nsec)})
+	f.tell(*mtimeOf(st))
 	f.timesMu.Unlock()
 	if write {
 		f.writers++

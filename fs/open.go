@@ -178,8 +178,8 @@ func (f *file) loaded(l *loading) {
 }
 
 // unlock reads the header, asks for its key with no lock held, and installs the
-// view if the header is still the one. A header is read again once if its key
-// can't be opened: a rekey may have replaced it just then.
+// view. A header is read again once if its key can't be opened: a rekey may have
+// replaced it just then.
 func (f *file) unlock(ctx context.Context, l *loading) error {
 	var failed []byte // the header that failed
 	for {
@@ -203,9 +203,7 @@ func (f *file) unlock(ctx context.Context, l *loading) error {
 				continue
 			}
 		}
-		if done, err := f.installView(s); done || err != nil {
-			return err
-		}
+		return f.installView(s)
 	}
 }
 
@@ -234,35 +232,29 @@ func (f *file) header() (raw []byte, h *crypt.Header, err error) {
 	return raw, h, err
 }
 
-// installView makes the view with the secrets obtained, if they are still those
-// of the file: it may have been emptied meanwhile. It takes over s; done is false
-// if the header has to be read again.
-func (f *file) installView(s *crypt.Secrets) (done bool, err error) {
+// installView makes the view with the secrets obtained; it takes them over. They are
+// those of the file's contents, unless it was emptied meanwhile: whoever did that left a
+// view, or no contents. (What was changed in the backing directory will not
+// authenticate.)
+func (f *file) installView(s *crypt.Secrets) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if err := f.fs.ended(s.Under()); err != nil {
 		s.Wipe()
-		return false, err // its lease ended while it was on its way
+		return err // its lease ended while it was on its way
 	}
 	if v := f.view.Load(); v != nil {
-		return true, f.resume(v, s)
+		return f.resume(v, s)
 	}
 	var st unix.Stat_t
 	if err := unix.Fstat(f.descriptor(), &st); err != nil {
 		s.Wipe()
-		return false, err
-	}
-	if st.Size > 0 {
-		_, h, err := f.header()
-		if err != nil || s == nil || h == nil || h.Identity != s.Identity() {
-			s.Wipe()
-			return false, err
-		}
+		return err
 	}
 	if st.Size == 0 {
-		return true, f.setView(0, s)
+		return f.setView(0, s)
 	}
-	return true, f.setContents(st.Size, s)
+	return f.setContents(st.Size, s)
 }
 
 // resume gives a view its keys back that it lost when their lease ended; it takes

@@ -129,7 +129,7 @@ func TestOrphanIsChecked(t *testing.T) {
 	require.ErrorIs(t, n.stat(&st), errMoved)
 	_, err = n.reach()
 	require.ErrorIs(t, err, errMoved)
-	_, err = newFile(w.srv.fs, n.id).openBacking(n, unix.O_RDONLY)
+	_, _, err = newFile(w.srv.fs, n.id).openBacking(n, unix.O_RDONLY)
 	require.ErrorIs(t, err, errMoved)
 }
 

@@ -13,9 +13,8 @@ import (
 // call belongs to no caller: one who is interrupted leaves at once, the call
 // goes on under its own deadline, and the others (or the cache beneath) get the
 // result. Headers that differ in any byte fly apart, so that a freshly rekeyed
-// header never shares the failure of the old one. Only what local keys open is opened
-// by its caller: nothing is waited for, and handing it to another thread and back costs
-// more than the whole of it.
+// header never shares the failure of the old one. What local keys open is passed on:
+// nothing is waited for, and to share it costs more than the whole of it.
 type flight struct {
 	next     opener
 	base     context.Context // ends with the ring
@@ -46,17 +45,16 @@ func (f *flight) open(ctx context.Context, h *crypt.Header) (opened, error) {
 	if f.base.Err() != nil {
 		return opened{}, newError(KindUnavailable, opDecrypt, h.Copies[0].Key, errClosed)
 	}
+	if onlyLocal(h) {
+		return f.next.open(ctx, h)
+	}
 	raw, err := h.Marshal()
 	if err != nil {
 		return opened{}, fmt.Errorf("a header that can't be stored: %v: %w", err, crypt.ErrDamaged)
 	}
 	for {
 		c, started := f.join(string(raw), h)
-		switch {
-		case started && onlyLocal(h):
-			c.run()
-			return f.landed(c)
-		case started:
+		if started {
 			go c.run()
 		}
 		o, err := f.wait(ctx, c, h)
@@ -77,12 +75,6 @@ func (f *flight) wait(ctx context.Context, c *flightCall, h *crypt.Header) (open
 	case <-ctx.Done():
 		return opened{}, c.tries.left(contextError(ctx, opDecrypt, h.Copies[0].Key))
 	}
-}
-
-// landed is what came of a call that has ended.
-func (f *flight) landed(c *flightCall) (opened, error) {
-	defer f.leave(c)
-	return c.outcome()
 }
 
 // outcome is to be asked for when done is closed.

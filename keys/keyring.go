@@ -224,7 +224,10 @@ func (l *Local) load(ctx context.Context, op, key string) (*keyFile, error) {
 		return nil, contextError(ctx, op, key)
 	}
 	path := l.Path(key)
-	raw, err := readPrivate(path)
+	if f := l.recent.get(path); f != nil {
+		return f, nil
+	}
+	raw, st, err := readPrivate(path)
 	defer clear(raw)
 	if err != nil {
 		return nil, localError(op, key, path, err)
@@ -233,6 +236,7 @@ func (l *Local) load(ctx context.Context, op, key string) (*keyFile, error) {
 	if err != nil {
 		return nil, newError(KindRejected, op, key, fmt.Errorf("the key file %s can't be used: %w", path, err))
 	}
+	l.recent.put(path, st, f)
 	return f, nil
 }
 
@@ -273,8 +277,9 @@ func checkKeyring(dir string) error {
 	return nil
 }
 
-// readPrivate reads a small file that belongs to us (or root) alone.
-func readPrivate(path string) ([]byte, error) {
+// readPrivate reads a small file that belongs to us (or root) alone, and says what it
+// was before it was read.
+func readPrivate(path string) ([]byte, stamp, error) {
 	// O_NONBLOCK: a FIFO planted under the name must not hang a mount.
 	// It is read for each use, so without package os, which asks epoll about it.
 	fd, err := -1, error(syscall.EINTR)
@@ -282,16 +287,16 @@ func readPrivate(path string) ([]byte, error) {
 		fd, err = syscall.Open(path, syscall.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
 	}
 	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+		return nil, stamp{}, &os.PathError{Op: "open", Path: path, Err: err}
 	}
 	defer syscall.Close(fd)
 	var st syscall.Stat_t
 	if err := syscall.Fstat(fd, &st); err != nil {
-		return nil, &os.PathError{Op: "stat", Path: path, Err: err}
+		return nil, stamp{}, &os.PathError{Op: "stat", Path: path, Err: err}
 	}
 	owned := int(st.Uid) == os.Geteuid() || st.Uid == 0
 	if st.Mode&syscall.S_IFMT != syscall.S_IFREG || st.Mode&0o077 != 0 || !owned {
-		return nil, fmt.Errorf("the key file %s: %w", path, errExposed)
+		return nil, stamp{}, fmt.Errorf("the key file %s: %w", path, errExposed)
 	}
 	buf := make([]byte, maxKeyFile)
 	for n := 0; ; {
@@ -299,9 +304,9 @@ func readPrivate(path string) ([]byte, error) {
 		switch {
 		case err == syscall.EINTR:
 		case err != nil:
-			return buf, &os.PathError{Op: "read", Path: path, Err: err}
+			return buf, stamp{}, &os.PathError{Op: "read", Path: path, Err: err}
 		case more == 0 || n+more == int(st.Size) || n+more == len(buf):
-			return buf[:n+more], nil
+			return buf[:n+more], stampOf(&st), nil
 		}
 		n += max(more, 0)
 	}

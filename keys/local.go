@@ -31,13 +31,19 @@ const (
 	wrapLabel    = "kmsfs local wrap 1"
 )
 
-// Local wraps data keys with key files in a directory, its keyring. It keeps no
-// key in memory between calls: a key that is disabled, or whose file is gone,
-// is so at the next call. Its errors are those that KMS gives.
-type Local struct{ dir string }
+// Local wraps data keys with key files in a directory, its keyring. A key that is
+// disabled, or whose file is gone, is so at the next call. Its errors are those that KMS
+// gives.
+type Local struct {
+	dir    string
+	recent recentKeys
+}
 
 // NewLocal makes a provider over a keyring directory, which Create makes.
 func NewLocal(dir string) *Local { return &Local{dir: dir} }
+
+// Forget wipes the keys that were used within the last second.
+func (l *Local) Forget() { l.recent.forget() }
 
 // GenerateDataKey implements Provider.
 func (l *Local) GenerateDataKey(ctx context.Context, key string, ec EncryptionContext) (*crypt.Key, []byte, error) {
@@ -164,7 +170,8 @@ func wrapAAD(prefix []byte, ec EncryptionContext) []byte {
 		names = append(names, n)
 	}
 	sort.Strings(names)
-	aad := binary.LittleEndian.AppendUint32(append([]byte(nil), prefix...), uint32(len(names)))
+	aad := append(make([]byte, 0, 256), prefix...)
+	aad = binary.LittleEndian.AppendUint32(aad, uint32(len(names)))
 	for _, n := range names {
 		for _, s := range []string{n, ec[n]} {
 			aad = append(binary.LittleEndian.AppendUint32(aad, uint32(len(s))), s...)

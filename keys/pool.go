@@ -87,25 +87,61 @@ func newPool(base context.Context, next maker, current func() string, max int, d
 
 // take returns a fresh key, waiting for one as long as ctx allows.
 func (p *pool) take(ctx context.Context) (*crypt.Fresh, error) {
-	w, fetch, r := p.enter(time.Now())
-	if w == nil {
+	start := time.Now()
+	w, r := p.enter(start)
+	switch {
+	case w != nil:
+		r = p.await(ctx, w)
+	case r.fresh == nil && r.err == nil:
+		r = p.makeHere(ctx)
+	default:
 		return r.fresh, r.err
 	}
-	start := time.Now()
-	if fetch != nil {
-		fetch()
-	}
-	r = p.await(ctx, w)
 	p.noteWait(time.Since(start))
 	return r.fresh, r.err
 }
 
-func (p *pool) await(ctx context.Context, w chan result) result {
-	select { // asking a request's context for Done costs a goroutine
-	case r := <-w:
-		return r
-	default:
+// makeHere makes a key under a local one: nothing is waited for, and handing it to
+// another thread and back costs more than the whole of it.
+func (p *pool) makeHere(ctx context.Context) result {
+	for {
+		p.mu.Lock()
+		gen := p.gen
+		p.mu.Unlock()
+		f, err := p.next.make(ctx, crypt.UseFile)
+		if r, final := p.made(ctx, f, err, gen); final {
+			return r
+		}
 	}
+}
+
+// made is what the caller gets for a key made since generation gen, or for the failure;
+// it is not final if the keys for new files were changed meanwhile.
+func (p *pool) made(ctx context.Context, f *crypt.Fresh, err error, gen uint64) (r result, final bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	refusal := p.refused()
+	switch {
+	case p.closed:
+		r.err = newError(KindUnavailable, opGenerate, p.current(), errClosed)
+	case refusal != nil:
+		r.err = refusal
+	case gen != p.gen:
+	case err != nil:
+		if ctx.Err() == nil { // else it says nothing of the key
+			p.failLocked(err)
+		}
+		return result{err: err}, true
+	default:
+		p.failed, p.penalty = nil, 0
+		f.Batch = gen
+		return result{fresh: f}, true
+	}
+	wipeFresh(f)
+	return r, r.err != nil
+}
+
+func (p *pool) await(ctx context.Context, w chan result) result {
 	select {
 	case r := <-w:
 		return r
@@ -121,9 +157,9 @@ func (p *pool) noteWait(d time.Duration) {
 	p.longest = max(p.longest, d)
 }
 
-// enter answers at once, or queues a waiter. A waiter for a local key makes one itself,
-// by fetch: nothing is waited for, and handing it to another thread and back costs more.
-func (p *pool) enter(now time.Time) (w chan result, fetch func(), r result) {
+// enter answers at once, or queues a waiter, or if the key is to be made here does
+// neither.
+func (p *pool) enter(now time.Time) (w chan result, r result) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.demandLocked(now)
@@ -131,26 +167,26 @@ func (p *pool) enter(now time.Time) (w chan result, fetch func(), r result) {
 	refusal := p.refused()
 	switch {
 	case p.closed:
-		return nil, nil, result{err: newError(KindUnavailable, opGenerate, p.current(), errClosed)}
+		return nil, result{err: newError(KindUnavailable, opGenerate, p.current(), errClosed)}
 	case refusal != nil:
-		return nil, nil, result{err: refusal}
+		return nil, result{err: refusal}
 	case len(p.ready) > 0:
 		f := p.ready[0].fresh
 		p.ready = p.ready[1:]
 		p.hits++
 		p.refillLocked()
-		return nil, nil, result{fresh: f}
+		return nil, result{fresh: f}
 	case p.failed != nil && now.Before(p.retryAt):
-		return nil, nil, result{err: p.failed}
+		return nil, result{err: p.failed}
+	}
+	p.waits++
+	if IsLocal(p.current()) {
+		return nil, result{}
 	}
 	w = make(chan result, 1)
 	p.waiters = append(p.waiters, w)
-	p.waits++
-	if IsLocal(p.current()) {
-		return w, p.fetchLocked(), result{}
-	}
 	p.refillLocked()
-	return w, nil, result{}
+	return w, result{}
 }
 
 // leave takes a waiter out of the queue. If its key arrived meanwhile, the
@@ -209,17 +245,16 @@ func (p *pool) refillLocked() {
 	}
 	want := len(p.waiters) + p.aheadLocked() - len(p.ready)
 	for p.inflight < want && p.inflight < max(p.max, 1) {
-		go p.fetchLocked()()
+		p.fetchLocked()
 	}
 }
 
-// fetchLocked prepares a fetch.
-func (p *pool) fetchLocked() func() {
+// fetchLocked starts a fetch.
+func (p *pool) fetchLocked() {
 	p.inflight++
 	ctx, tries := withAttempts(p.ctx)
 	p.tries[tries] = true
-	gen := p.gen
-	return func() { p.fetch(ctx, gen, tries) }
+	go p.fetch(ctx, p.gen, tries)
 }
 
 func (p *pool) fetch(ctx context.Context, gen uint64, tries *attempts) {

@@ -210,6 +210,7 @@ func (r *Ring) Forget() {
 	r.core.held.drop(func(ask) bool { return true })
 	r.mint.drop()
 	r.pool.drop()
+	forget(r.counted.next)
 }
 
 // KeepLeases begins to keep a lease of each trusted key: data keys that depend on one
@@ -260,7 +261,10 @@ func (r *Ring) Follow(inUse func() [][]string, changed func()) (stop func()) {
 }
 
 // Lock ends every lease at once and refuses every data key until Unlock.
-func (r *Ring) Lock() { r.leases.lock(true) }
+func (r *Ring) Lock() {
+	r.leases.lock(true)
+	forget(r.counted.next)
+}
 
 // Unlock undoes Lock; each key has to be opened again.
 func (r *Ring) Unlock() { r.leases.lock(false) }
@@ -300,6 +304,7 @@ func (r *Ring) Close() {
 	r.mint.close()
 	r.cache.close()
 	r.core.held.close()
+	forget(r.counted.next)
 }
 
 // Stats are counters since the ring was made.

@@ -24,6 +24,21 @@ func (r *router) Requests() map[string]int64 {
 	return nil
 }
 
+// Forget wipes what a service keeps of its keys.
+func (r *router) Forget() {
+	for _, p := range []Provider{r.aws, r.local} {
+		forget(p)
+	}
+}
+
+// forget has a Provider wipe what it keeps, if it keeps anything: one that does has a
+// method Forget.
+func forget(p Provider) {
+	if f, keeps := p.(interface{ Forget() }); keeps {
+		f.Forget()
+	}
+}
+
 func (r *router) pick(op, key string) (Provider, error) {
 	p, what := r.aws, "AWS KMS"
 	if IsLocal(key) {

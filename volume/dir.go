@@ -3,6 +3,7 @@ package volume
 import (
 	"errors"
 	"fmt"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -21,7 +22,12 @@ type Dir struct {
 	id       crypt.DirID // zero with plain names
 	entered  bool        // id is in the registry
 	bad      error       // why no name in it can be translated, or nil
+	last     atomic.Pointer[named]
 }
+
+// named is a name that was translated last: who lists a directory looks each name up
+// at once, and who looks one up opens it.
+type named struct{ plain, stored string }
 
 // newDir takes over fd.
 func (v *Volume) newDir(fd int, root bool) (*Dir, error) {
@@ -153,6 +159,9 @@ func (d *Dir) openRegular(stored string, flags int, mode uint32) (int, error) {
 	fd, err := d.openat(stored, flags, mode)
 	if err != nil {
 		return -1, err
+	}
+	if flags&(unix.O_CREAT|unix.O_EXCL) == unix.O_CREAT|unix.O_EXCL {
+		return fd, nil // it is new
 	}
 	if err := checkRegular(fd); err != nil {
 		unix.Close(fd)

@@ -59,8 +59,12 @@ func isDot(name string) bool { return name == "." || name == ".." }
 // encrypt is the name of the entry of plain in this directory; full is the whole
 // stored name if the entry's is only its hash.
 func (d *Dir) encrypt(plain string) (entry, full string) {
+	if n := d.last.Load(); n != nil && n.plain == plain {
+		return n.stored, ""
+	}
 	stored := d.v.names.EncryptName(d.id, plain)
 	if len(stored) <= crypt.MaxName {
+		d.last.Store(&named{strings.Clone(plain), stored})
 		return stored, ""
 	}
 	return longPrefix + hashOf(stored), stored
@@ -280,7 +284,11 @@ func (d *Dir) decrypt(entry string) (string, error) {
 			return "", err
 		}
 	}
-	return d.v.names.DecryptName(d.id, full)
+	plain, err := d.v.names.DecryptName(d.id, full)
+	if err == nil && full == entry { // which encrypts to it again (RFC 5297)
+		d.last.Store(&named{plain, entry})
+	}
+	return plain, err
 }
 
 // readSidecar is the stored name that entry is the hash of.

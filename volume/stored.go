@@ -80,6 +80,15 @@ func (s *Stored) SetHeader(raw []byte) error {
 	})
 }
 
+// FirstHeader is SetHeader on a file that was made just now, which has neither header
+// nor mark: one call, which does nothing if there is a header, and so needs no lock.
+func (s *Stored) FirstHeader(raw []byte) error {
+	if setxattr(s.fd, crypt.HeaderXattr, raw, unix.XATTR_CREATE) == nil {
+		return nil
+	}
+	return s.SetHeader(raw)
+}
+
 // SparseMark reads the mark that permits holes; nil if there is none.
 func (s *Stored) SparseMark() (mark []byte, err error) {
 	err = withAccess(s.fd, accessFile, func() error {

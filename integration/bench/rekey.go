@@ -177,6 +177,10 @@ func throttledRate(srv *kmstest.Server) {
 		}
 		last = c.Time
 	}
+	if good <= throttle {
+		fmt.Printf("| | of the limit: not known, with so few calls | | | | | |\n")
+		return
+	}
 	seconds := last.Sub(first).Seconds()
 	// The server's bucket holds one second's calls, which are not rate.
 	rate := float64(good-throttle) / seconds

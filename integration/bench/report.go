@@ -288,6 +288,9 @@ func (p *report) scaling(b *strings.Builder) {
 	fmt.Fprint(b, "\n## Large numbers\n\nMicroseconds an operation, at a small and a large size; cost grows linearly where growth is 1.\nDirectories of the deep tree hold 10 files and 3 directories each.\n\n")
 	fmt.Fprint(b, "| what | sizes | kmsfs, small | large | growth | loopback, small | large | growth |\n|---|---|---|---|---|---|---|---|\n")
 	for _, s := range p.scale {
+		if s.cost[peers.Kmsfs.Short][0] == 0 {
+			continue // it was not asked for
+		}
 		fmt.Fprintf(b, "| %s | %s, %s |", s.what, s.small, s.large)
 		for _, short := range []string{peers.Kmsfs.Short, peers.Loopback.Short} {
 			c := s.cost[short]

@@ -192,8 +192,8 @@ func mapping(s *stage) {
 	copy(m[200:], "after close")
 	require.NoError(s.t, errors.Join(unix.Munmap(m), unix.Munmap(private)))
 	s.content("unmapped", "f")
-	s.script(`cp /bin/true prog; chmod 755 prog; ./prog; echo "a program runs: $?"; cp /bin/sleep busy; ./busy 2 & pid=$!
-		sleep 0.2; echo x 2>/dev/null >busy || echo "a running program is not written"; kill $pid; wait $pid || true`)
+	s.script(`cp /bin/true prog; chmod 755 prog; ./prog; echo "a program runs: $?"; cp /bin/sleep busy; ./busy 60 & pid=$!
+		until [ "$(cat /proc/$pid/comm)" = busy ]; do sleep 0.01; done; echo x 2>/dev/null >busy || echo "a running program is not written"; kill $pid; wait $pid || true`)
 }
 
 func init() {

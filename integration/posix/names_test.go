@@ -39,9 +39,15 @@ var scenes = []scene{
 	{name: "acls", play: acls, root: true},
 	{name: "modes", play: modes, alone: modesAlone},
 	{name: "users", play: users, root: true},
-	{name: "privileges", play: privileges, root: true},
+	{name: "privileges", play: privileges, differs: privilegesDiffer, root: true},
 	{name: "special", play: special, root: true},
 	{name: "notify", play: notify},
+	{name: "vectors", play: vectors, differs: vectorsDiffers},
+	{name: "far", play: far, differs: farDiffers},
+	{name: "ioctls", play: ioctls, differs: ioctlsDiffer},
+	{name: "statx", play: statxes, differs: statxDiffers},
+	{name: "standing", play: standing},
+	{name: "namespaces", play: namespaces, root: true},
 }
 
 // kinds are what a rename may meet, each with the way to make it.

@@ -56,7 +56,7 @@ func (w *world) xfstests(fs fileSystem, suite, backing string, args []string) (v
 	script := append([]string{filepath.Join(work, "xfstests.sh"), work, suite, backing, fs.device(w).fstype}, args...)
 	cmd := exec.Command("bash", script...)
 	cmd.Env = w.env
-	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWIPC} // 478 takes others' semaphores for its own
 	said, err := cmd.CombinedOutput()
 	if keep := w.keep(fs.short+".xfstests."+backing+".log", said); keep != nil {
 		return v, keep
