@@ -2,6 +2,7 @@ package integration
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -170,4 +171,35 @@ func TestMountLetsGoOfPipes(t *testing.T) {
 	require.Less(t, time.Since(start), 10*time.Second, "the daemon keeps its parent's pipe open")
 	require.True(t, v.IsMounted())
 	v.Adopt()
+}
+
+// TestLockFileIsRemoved: a mount whose kmsfs.lock somebody removed, or put another one in
+// place of, is the only one all the same, and keeps its shared memory.
+func TestLockFileIsRemoved(t *testing.T) {
+	for name, harm := range map[string]func(path string) error{
+		"removed":  os.Remove,
+		"replaced": func(path string) error { return errors.Join(os.Remove(path), os.WriteFile(path, nil, 0o600)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := harness.New(t)
+			v := e.Init("volume", "--key", localKey(e, "one"))
+			v.Mount()
+			require.NoError(t, harm(filepath.Join(v.Dir, "kmsfs.lock")))
+			other := e.Mkdir("other")
+			for _, args := range [][]string{{"mount", v.Dir, other}, {"mount", "--read-only", v.Dir, other}, {"fsck", "--repair", v.Dir},
+				{"rekey", v.Dir, "--to", localKey(e, "two"+name), "--yes"}} { // which has to tell the mount
+				r := e.Kmsfs(args...)
+				require.Equal(t, 6, r.Status, "%v", r)
+				require.Contains(t, r.Stderr, "is mounted by another kmsfs process", "%v", r)
+			}
+			slots, err := filepath.Glob("/dev/shm/kmsfs-*" + backingName(t, v))
+			require.NoError(t, err)
+			require.Len(t, slots, 1)
+			require.NoError(t, os.WriteFile(v.Path("f"), []byte("x"), 0o600))
+			v.Kill()
+			e.Must("umount", v.Mnt)
+			v.Mount() // its memory tells that it is dead
+			require.FileExists(t, v.Path("f"))
+		})
+	}
 }

@@ -28,9 +28,13 @@ type Holder struct {
 type LockedError struct {
 	Path   string
 	Holder *Holder // nil if kmsfs.lock doesn't say
+	Gone   bool    // kmsfs.lock is not the file that the other process holds
 }
 
 func (e *LockedError) Error() string {
+	if e.Gone {
+		return fmt.Sprintf("%s is mounted by another kmsfs process of this user, although %s was removed or replaced; unmount it first", e.Path, LockFile)
+	}
 	if e.Holder == nil {
 		return fmt.Sprintf("%s is in use by another kmsfs process", e.Path)
 	}
@@ -157,6 +161,30 @@ func (v *Volume) flock(f *os.File, how int) (taken bool, err error) {
 	return true, nil
 }
 
+// CheckUnused refuses, with a *LockedError, a volume that this user has mounted on this
+// machine, going by the slots that the mount has in memory (in the directory slots): whoever
+// writes the backing directory, or tidies it up, can remove kmsfs.lock under a live mount,
+// and two that serve one volume lose what the other writes.
+func (v *Volume) CheckUnused(slots string) error {
+	fd, err := unix.Open(v.slotPath(slots), unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil // there are none, or they are not ours
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if unix.Fstat(fd, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || int(st.Uid) != unix.Geteuid() {
+		return nil
+	}
+	for deadline := time.Now().Add(lockWait); ; pauseLock() { // a process that dies lets go of one after the other
+		if retry(func() error { return unix.Flock(fd, unix.LOCK_SH|unix.LOCK_NB) }) != unix.EWOULDBLOCK {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return &LockedError{Path: v.path, Gone: true}
+		}
+	}
+}
+
 // A Sighting is what Look saw.
 type Sighting struct {
 	Holder *Holder // who has the volume mounted; nil if nobody
@@ -171,7 +199,7 @@ type Sighting struct {
 func (v *Volume) Look() (Sighting, error) {
 	f, err := v.openLock(unix.O_RDONLY, 0)
 	if errors.Is(err, unix.ENOENT) {
-		return Sighting{}, nil
+		return Sighting{}, v.CheckUnused(SlotDir)
 	}
 	if err != nil {
 		return Sighting{}, err
@@ -185,9 +213,9 @@ func (v *Volume) Look() (Sighting, error) {
 		text := readLock(f)
 		if h := text.holder(); free || h != nil {
 			if free {
-				h = nil // whoever it was died
+				h, err = nil, v.CheckUnused(SlotDir) // whoever it was died
 			}
-			return Sighting{Holder: h, Session: text.sessionIn(f)}, nil
+			return Sighting{Holder: h, Session: text.sessionIn(f)}, err
 		}
 		if time.Now().After(deadline) {
 			return Sighting{}, &LockedError{Path: v.path}

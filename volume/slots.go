@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -192,8 +193,14 @@ func (s *Slots) prepare(p *slotPlan) error {
 	if st.Type != unix.TMPFS_MAGIC {
 		return errors.New("the directory is not in memory (a tmpfs)")
 	}
-	if err := retry(func() error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) }); err != nil {
-		return err
+	for deadline := time.Now().Add(lockWait); ; pauseLock() { // somebody may look at it (CheckUnused)
+		err := retry(func() error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) })
+		if err == nil {
+			break
+		}
+		if err != unix.EWOULDBLOCK || time.Now().After(deadline) {
+			return err
+		}
 	}
 	// All of it now: memory that is missing later would be a SIGBUS.
 	if err := retry(func() error { return unix.Fallocate(fd, 0, 0, p.size()) }); err != nil {

@@ -16,7 +16,11 @@ import (
 // that a daemon was killed in. Whoever takes the lock must do so: the slots count for
 // the next session only.
 func lockAndReplay(ctx context.Context, v *volume.Volume, owner string) (volume.Replay, error) {
-	if err := lockAfterUnmount(v, owner); err != nil {
+	err := lockAfterUnmount(v, owner)
+	if err == nil {
+		err = v.CheckUnused(volume.SlotDir)
+	}
+	if err != nil {
 		return volume.Replay{}, err
 	}
 	return v.ReplaySlots(ctx, volume.SlotDir), nil
