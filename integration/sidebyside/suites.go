@@ -44,7 +44,7 @@ func (w *world) suites(pjdfstest string) ([]suite, error) {
 		return suite{
 			name: name,
 			command: func(dir string) *exec.Cmd {
-				cmd := exec.Command(filepath.Join(w.root, "posix"), "-test.v", "-test.timeout", "5m", "-test.run", "^"+test+"$", "-at", dir)
+				cmd := exec.Command(filepath.Join(w.root, "posix"), "-test.v", "-test.timeout", "30m", "-test.run", "^"+test+"$", "-at", dir)
 				cmd.Dir = "integration/posix"
 				return cmd
 			},
