@@ -529,6 +529,9 @@ func TestTruncatedToNothing(t *testing.T) {
 	w, k := newLeased(t)
 	w.write("f", randomBytes(20_000))
 	reader := w.openFile("f", os.O_RDONLY)
+	f := w.srv.fs.files.find(w.srv.fs.root.known("f").id)
+	w.srv.fs.files.release(f)
+	eventually(t, f.unwritten) // a writer would need a key for what it may write next
 	k.end(testKey, true)
 	w.drained()
 	require.NoError(t, os.Truncate(w.path("f"), 0))

@@ -60,6 +60,8 @@ type Options struct {
 	Debug  bool     // log every FUSE request
 
 	openSync func() (syncer, error) // a descriptor that syncs the backing store
+	// storePages puts the contents of a small file into the kernel's page cache.
+	storePages func(n *node, data []byte) syscall.Errno
 }
 
 const (
@@ -85,6 +87,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.NewTextHandler(io.Discard, nil))
+	}
+	if o.storePages == nil {
+		o.storePages = func(n *node, data []byte) syscall.Errno { return n.WriteCache(0, data) }
 	}
 	if o.openSync == nil {
 		o.openSync = func() (syncer, error) {
@@ -148,7 +153,6 @@ func newFileSystem(o Options) (*fileSystem, error) {
 	fs := &fileSystem{
 		vol: o.Volume, keys: o.Keys, opts: o, dev: dir.Dev(), priv: unix.Geteuid() == 0, acl: o.AllowOther,
 		log: newLimiter(o.Logger), files: fileTable{byID: make(map[fileID]*file)},
-		storePages: func(n *node, data []byte) syscall.Errno { return n.WriteCache(0, data) },
 	}
 	dirs, files := share()
 	fs.dirs.init(dir, dirs)

@@ -39,9 +39,6 @@ type fileSystem struct {
 
 	orphans orphanage
 	moves   moves
-
-	// storePages puts the contents of a small file into the kernel's page cache.
-	storePages func(n *node, data []byte) syscall.Errno
 }
 
 // A fileID names a backing inode for as long as anybody may remember it: numbers

@@ -55,5 +55,5 @@ func (f *file) handWhole(n *node, buf []byte) bool {
 	if got, err := v.ReadAt(data, 0); int64(got) != size || err != nil {
 		return false
 	}
-	return n.fs.storePages(n, data) == 0
+	return n.fs.opts.storePages(n, data) == 0
 }

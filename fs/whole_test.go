@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -167,34 +168,36 @@ func TestLeaseEndsWhileAFileIsHandedOver(t *testing.T) {
 		t.Run(when, func(t *testing.T) {
 			w, k := newLeased(t)
 			w.write("f", randomBytes(size))
-			w.remount()
-			store, handed := w.srv.fs.storePages, 0
-			w.srv.fs.storePages = func(n *node, data []byte) (errno syscall.Errno) {
+			var handed atomic.Int32
+			var srv atomic.Pointer[Server]
+			w.opts.storePages = func(n *node, data []byte) (errno syscall.Errno) {
 				end := func() {
-					before := w.srv.Stats().Invalidations
+					before := srv.Load().Stats().Invalidations
 					k.end(testKey, true)
-					for i := 0; i < 1000 && w.srv.Stats().Invalidations == before; i++ {
+					for i := 0; i < 1000 && srv.Load().Stats().Invalidations == before; i++ {
 						time.Sleep(time.Millisecond)
 					}
 					time.Sleep(20 * time.Millisecond) // it is on its way to the kernel
 				}
-				handed++
+				handed.Add(1)
 				if when == "before the pages" {
 					end()
 				}
-				errno = store(n, data)
+				errno = n.WriteCache(0, data)
 				if when == "after the pages" {
 					end()
 				}
 				return errno
 			}
+			w.remount()
+			srv.Store(w.srv)
 			_, err := os.Open(w.path("f"))
 			require.ErrorIs(t, err, unix.EKEYREVOKED)
-			require.Equal(t, 1, handed)
+			require.EqualValues(t, 1, handed.Load())
 			w.drained()
 			_, err = os.Open(w.path("f"))
 			require.ErrorIs(t, err, unix.EKEYREVOKED)
-			require.Equal(t, 1, handed)
+			require.EqualValues(t, 1, handed.Load())
 
 			// An open that hands over nothing, and has the kernel keep what it has.
 			eventually(t, func() bool { return w.srv.Stats().OpenFiles == 0 })

@@ -299,8 +299,8 @@ func (r *Ring) wipeEnded() {
 // Close wipes every key and ends calls under way. Clones handed out stay with
 // their owners.
 func (r *Ring) Close() {
+	r.pool.close() // first: who waits there hears why
 	r.cancel()
-	r.pool.close()
 	r.mint.close()
 	r.cache.close()
 	r.core.held.close()
