@@ -3,7 +3,7 @@ SHELL := /bin/bash
 export CGO_ENABLED ?= 1
 SIZES ?= 10000,200000
 
-.PHONY: help setup build test whole short fips fuzz race lint staticcheck vuln sbom reproducible posix apps demo bench benchstat bench-rekey rekey-kills crashes torture clean
+.PHONY: help setup build test whole short fips fuzz race lint staticcheck vuln sbom reproducible posix apps demo bench bench-check benchstat bench-rekey rekey-kills crashes torture clean
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ reproducible: ## build in two directories and compare the programs byte by byte
 
 bench: ## kmsfs beside other file systems, latency of KMS, large numbers (as root; BENCH=-quick: minutes); writes docs/BENCHMARKS.md
 	scripts/setup.sh bench && go run ./integration/bench -doc docs/BENCHMARKS.md $(BENCH)
+
+bench-check: setup ## each benchmark in miniature, to see that it works (as root; some minutes)
+	KMSFS_TEST_BENCH=1 go test -count=1 -v ./integration/bench
 
 benchstat: ## the packages' own benchmarks of this tree against those of revision OLD, interleaved; RUN=regexp COUNT=10
 	scripts/benchstat.sh "$(OLD)" "$(or $(RUN),.)" "$(or $(COUNT),10)"

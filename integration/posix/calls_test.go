@@ -246,7 +246,7 @@ func standing(s *stage) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		runtime.LockOSThread() // and never unlocked: the thread ends with its directory
+		runtime.LockOSThread() // and never unlocked: the thread ends, or if it is the process's first, sleeps
 		s.ends("own directory", unix.Unshare(unix.CLONE_FS))
 		require.NoError(s.t, os.MkdirAll(s.path("a", "b", "c"), 0o755))
 		s.ends("into it", unix.Chdir(s.path("a", "b", "c")))
@@ -261,6 +261,7 @@ func standing(s *stage) {
 		s.ends("new file nowhere", createIn("new"))
 		s.ends("back", unix.Chdir(s.dir))
 		s.here("back")
+		require.NoError(s.t, unix.Chdir("/")) // out of the mount
 	}()
 	<-done
 }
