@@ -205,7 +205,8 @@ func HeaderFits(fd, size int) error {
 }
 
 // The header's lock is an open-file-description lock on one byte that no file
-// reaches. Every header writer takes it, in this process and in others; it is
+// reaches. Every header writer takes it, in this process and in others, but the one that
+// sets a file's first header in a call that does nothing if there is one (FirstHeader); it is
 // never held over a call to KMS.
 const (
 	headerLockStart = 1 << 62

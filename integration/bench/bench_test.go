@@ -18,9 +18,7 @@ func TestEachCommand(t *testing.T) {
 	if os.Getenv("KMSFS_TEST_BENCH") == "" {
 		t.Skip("make bench-check runs it")
 	}
-	if os.Geteuid() != 0 {
-		t.Skip("only root may drop the kernel's caches")
-	}
+	require.Zero(t, os.Geteuid(), "only root may drop the kernel's caches")
 	program := filepath.Join(t.TempDir(), "bench")
 	out, err := exec.Command("go", "build", "-o", program, ".").CombinedOutput()
 	require.NoError(t, err, "%s", out)
