@@ -90,6 +90,27 @@ func TestUmountBind(t *testing.T) {
 	require.Empty(t, v.Daemons(), "the last umount waits")
 }
 
+// TestUmountElsewhere: while a process has the volume mounted in a mount namespace of its
+// own, an umount here says which, and how to end it.
+func TestUmountElsewhere(t *testing.T) {
+	e, v := helpedVolume(t)
+	said := helped(e, v, "rw", `
+		kmsfs mount "$dir" "$mnt"
+		unshare -m --propagation private sleep 60 &
+		until grep -q " $mnt " /proc/$!/mountinfo && [ "$(readlink /proc/$!/ns/mnt)" != "$(readlink /proc/self/ns/mnt)" ]; do sleep 0.01; done
+		code=0
+		kmsfs umount "$mnt" 2>"$root/said" || code=$?
+		sed "s/ $! / PID /g; s|$root|ROOT|g" "$root/said"
+		echo "$code"
+		refused mountpoint -q "$mnt"
+		nsenter -t $! -m umount "$mnt"
+		kmsfs fsck "$dir" >/dev/null
+		kill $!`)
+	require.Equal(t, "kmsfs: ROOT/volume/mnt is unmounted here, but process PID has a mount namespace in which it is still mounted, and the daemon goes on to serve it; "+
+		"end that process, or run: nsenter -t PID -m umount -- ROOT/volume/mnt\n6\n", said)
+	require.Empty(t, v.Daemons())
+}
+
 // TestMountFlags: every option about times, set-user-ID and devices that mount(8) has
 // arrives in the kernel, alone or with others.
 func TestMountFlags(t *testing.T) {

@@ -343,11 +343,18 @@ func (m *mounting) unmount() {
 		return
 	}
 	// A path names the topmost mount only: it must not be somebody else's.
-	if at, err := mountedAt(m.point); err != nil || at == nil || at.device != m.device {
+	at, err := mountedAt(m.point)
+	if err == nil && at == nil {
+		if pid, point := holderElsewhere(m.device); pid > 0 {
+			m.log.Warn("it is unmounted here, and served until it is unmounted in the mount namespace of another process", "pid", pid, "mountpoint", point)
+			return
+		}
+	}
+	if err != nil || at == nil || at.device != m.device {
 		m.log.Error("not unmounting: the topmost mount at the mountpoint is not this one", "mountpoint", m.point, "err", err)
 		return
 	}
-	err := m.server.Unmount()
+	err = m.server.Unmount()
 	if err == nil {
 		return
 	}

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -61,7 +63,7 @@ func (p *program) umount(ctx context.Context, arg string, lazy bool) error {
 	if elsewhere, err := isMounted(m.device); err != nil || elsewhere {
 		return err // a bind mount, or what it was made of: the daemon goes on
 	}
-	return waitForDaemon(daemon, m.source)
+	return waitForDaemon(daemon, m)
 }
 
 // findDaemon returns a descriptor of the process that serves the mount (so that
@@ -149,22 +151,67 @@ func unmountCall(point string, lazy bool) error {
 	return err
 }
 
+// daemonSettles is after how long a daemon that is still there may have something left to
+// serve, in another mount namespace.
+const daemonSettles = time.Second
+
 // waitForDaemon returns when the process is gone: the volume can be mounted again
 // at once, and all is on its way to the disk.
-func waitForDaemon(pidfd int, dir string) error {
+func waitForDaemon(pidfd int, m *mountEntry) error {
 	if pidfd < 0 {
 		return nil
 	}
+	gone, err := waitProcess(pidfd, daemonSettles)
+	if gone || err != nil {
+		return err
+	}
+	if pid, point := holderElsewhere(m.device); pid > 0 {
+		return fail(exitMount, fmt.Sprintf("end that process, or run: nsenter -t %d -m umount -- %s", pid, quote(point)),
+			"%s is unmounted here, but process %d has a mount namespace in which it is still mounted, and the daemon goes on to serve it", m.point, pid)
+	}
+	if gone, err = waitProcess(pidfd, daemonWait); gone || err != nil {
+		return err
+	}
+	return fail(exitMount, "look at its log", "the daemon of %s is still running %v after the unmount", m.source, daemonWait)
+}
+
+// waitProcess waits for the end of a process.
+func waitProcess(pidfd int, long time.Duration) (gone bool, err error) {
 	poll := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
-	for deadline := time.Now().Add(daemonWait); ; {
-		n, err := unix.Poll(poll, int(time.Until(deadline).Milliseconds()))
+	for deadline := time.Now().Add(long); ; {
+		n, err := unix.Poll(poll, int(max(0, time.Until(deadline)).Milliseconds()))
 		switch {
 		case n > 0:
-			return nil
+			return true, nil
 		case err != nil && err != unix.EINTR:
-			return fmt.Errorf("waiting for the daemon of %s: %w", dir, err)
+			return false, fmt.Errorf("waiting for the daemon: %w", err)
 		case time.Now().After(deadline):
-			return fail(exitMount, "look at its log", "the daemon of %s is still running %v after the unmount", dir, daemonWait)
+			return false, nil
 		}
 	}
+}
+
+// holderElsewhere is a process in whose mount namespace a file system is mounted, and
+// where: a container's that was made while it was mounted here too. 0 if we see none.
+func holderElsewhere(device string) (pid int, point string) {
+	seen := map[string]bool{}
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, dir := range dirs {
+		ns, err := os.Readlink(filepath.Join(dir, "ns/mnt")) // one look at each namespace
+		if err != nil || seen[ns] {
+			continue
+		}
+		text, err := os.ReadFile(filepath.Join(dir, "mountinfo"))
+		if err != nil {
+			continue // it is ending: another process of its namespace may say
+		}
+		seen[ns] = true
+		for _, m := range parseMountinfo(string(text)) {
+			if m.device == device {
+				pid, _ = strconv.Atoi(filepath.Base(dir))
+				return pid, m.point
+			}
+		}
+	}
+	return 0, ""
 }
