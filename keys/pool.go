@@ -19,6 +19,11 @@ const (
 	// longestGap caps what one idle stretch says about demand, so that a burst
 	// after it is seen within a dozen creates.
 	longestGap = time.Minute
+	// stocked is how many keys are kept ready, made one after another, while keys that
+	// cost next to nothing (a local key's, an intermediate key's) are taken at least
+	// every brisk: whoever creates files need not do that too before each.
+	stocked = 32
+	brisk   = 2 * time.Millisecond
 
 	firstPenalty = 250 * time.Millisecond
 	maxPenalty   = 5 * time.Second
@@ -26,8 +31,8 @@ const (
 
 // pool is a maker that fetches keys ahead of demand. It keeps as many as are
 // used up while one is being fetched, twice over (Little's law): none for a
-// program that creates a file now and then, or for a key service that answers
-// at once, up to max for a burst. So a create costs one call, and at most max
+// program that creates a file now and then, up to max for a burst. Of keys that cost
+// next to nothing a few are kept while there is a burst. So a create costs one call, and at most max
 // keys are ever fetched in vain; a workload that creates nothing fetches none.
 //
 // A failed fetch is what a waiter gets, and for a short while (doubling up to
@@ -38,6 +43,7 @@ type pool struct {
 	current  func() string // the key that fresh keys must be under now
 	deadline time.Duration
 	max      int
+	derived  bool // next seldom asks a key service
 	age      time.Duration
 	base     context.Context
 	refused  func() error // why no key may be handed out now, or nil
@@ -181,6 +187,7 @@ func (p *pool) enter(now time.Time) (w chan result, r result) {
 	}
 	p.waits++
 	if IsLocal(p.current()) {
+		p.refillLocked()
 		return nil, result{}
 	}
 	w = make(chan result, 1)
@@ -232,7 +239,7 @@ func (p *pool) demandLocked(now time.Time) {
 // aheadLocked is how many keys should be ready or on their way.
 func (p *pool) aheadLocked() int {
 	if p.failed != nil || p.latency < worthwhile {
-		return 0
+		return 0 // or a stock
 	}
 	want := 2 * float64(p.latency) / float64(max(p.gap, time.Microsecond))
 	return min(int(math.Round(want)), p.max)
@@ -247,9 +254,21 @@ func (p *pool) refillLocked() {
 	for p.inflight < want && p.inflight < max(p.max, 1) {
 		p.fetchLocked()
 	}
+	if stock := p.stockLocked(); p.inflight == 0 && len(p.ready) < (stock+1)/2 {
+		p.fetchLocked()
+	}
 }
 
-// fetchLocked starts a fetch.
+// stockLocked is how many keys that cost next to nothing should be ready.
+func (p *pool) stockLocked() int {
+	cheap := p.derived || IsLocal(p.current())
+	if p.failed != nil || !cheap || p.latency >= worthwhile || p.gap > brisk {
+		return 0
+	}
+	return min(stocked, p.max)
+}
+
+// fetchLocked starts a fetch, which goes on until there is a stock.
 func (p *pool) fetchLocked() {
 	p.inflight++
 	ctx, tries := withAttempts(p.ctx)
@@ -258,16 +277,22 @@ func (p *pool) fetchLocked() {
 }
 
 func (p *pool) fetch(ctx context.Context, gen uint64, tries *attempts) {
+	for again := true; again; {
+		again = p.fetchOne(ctx, gen, tries)
+	}
+}
+
+// fetchOne fetches a key. It reports whether the same fetch is to go on.
+func (p *pool) fetchOne(ctx context.Context, gen uint64, tries *attempts) (again bool) {
 	ctx, cancel := context.WithTimeout(ctx, p.deadline)
 	defer cancel()
 	start := time.Now()
 	f, err := p.next.make(ctx, crypt.UseFile)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	delete(p.tries, tries)
 	if p.closed || gen != p.gen {
 		wipeFresh(f)
-		return
+		return false
 	}
 	p.inflight--
 	if err != nil {
@@ -278,7 +303,13 @@ func (p *pool) fetch(ctx context.Context, gen uint64, tries *attempts) {
 		f.Batch = gen
 		p.addLocked(f)
 	}
+	if p.inflight == 0 && len(p.ready) < p.stockLocked() {
+		p.inflight++
+		return true
+	}
+	delete(p.tries, tries)
 	p.refillLocked()
+	return false
 }
 
 // failLocked gives the failure to the waiters that no fetch is under way for.

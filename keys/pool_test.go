@@ -2,6 +2,7 @@ package keys
 
 import (
 	"context"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -15,11 +16,16 @@ import (
 // fake time, and checks that nothing is left alive.
 func poolTest(t *testing.T, latency time.Duration, test func(*testing.T, *fake, *Ring)) {
 	t.Helper()
+	poolTestUnder(t, arnA, latency, test)
+}
+
+func poolTestUnder(t *testing.T, key string, latency time.Duration, test func(*testing.T, *fake, *Ring)) {
+	t.Helper()
 	before := crypt.LiveKeys()
 	inFakeTime(t, func(t *testing.T) {
 		f := newFake()
 		f.before = slow(latency)
-		r := NewRing(RingOptions{Volume: testVolume, Shared: shared, Trusted: []string{arnA}, Provider: f})
+		r := NewRing(RingOptions{Volume: testVolume, Shared: shared, Trusted: []string{key}, Provider: f})
 		defer synctest.Wait()
 		defer r.Close()
 		test(t, f, r)
@@ -54,6 +60,58 @@ func TestQuickService(t *testing.T) {
 			time.Sleep(time.Millisecond)
 		}
 		require.Equal(t, 100, f.count())
+	})
+}
+
+// TestStock: whoever creates file after file finds keys made of a local one, and whoever
+// does so now and then leaves none. They end with the lease, and with their key.
+func TestStock(t *testing.T) {
+	const each = 40 * time.Microsecond
+	poolTestUnder(t, "local:here", each, func(t *testing.T, f *fake, r *Ring) {
+		var disabled atomic.Bool
+		f.before = func(ctx context.Context, op, key string) error {
+			if disabled.Load() {
+				return newError(KindDisabled, op, key, nil)
+			}
+			return slow(each)(ctx, op, key)
+		}
+		for range 100 {
+			wipeFresh(take(t, r))
+			time.Sleep(2 * brisk)
+		}
+		require.Equal(t, int64(100), r.Stats().PoolWaits, "not brisk")
+		require.Equal(t, 100, f.count())
+
+		start := time.Now()
+		for range 1000 {
+			wipeFresh(take(t, r))
+			time.Sleep(4 * each)
+		}
+		require.Less(t, time.Since(start), 1000*4*each+100*each, "few were waited for")
+		s := r.Stats()
+		require.Greater(t, s.PoolHits, int64(950))
+		require.LessOrEqual(t, f.count(), 1100+stocked, "so many are made in vain at most")
+		require.Positive(t, s.PoolReady)
+
+		lockOnce(r)
+		require.Zero(t, r.Stats().PoolReady)
+		for range 50 {
+			wipeFresh(take(t, r))
+		}
+		synctest.Wait()
+		disabled.Store(true)
+		failed := 0
+		for range 2 * stocked {
+			k, err := r.Fresh(t.Context())
+			if err != nil {
+				failed++
+			}
+			wipeFresh(k)
+		}
+		require.GreaterOrEqual(t, failed, stocked, "a key that is disabled makes no more")
+
+		time.Sleep(poolAge * 12 / 10)
+		require.Zero(t, r.Stats().PoolReady, "what is left is wiped when it is old")
 	})
 }
 
