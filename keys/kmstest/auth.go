@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
-	v4 "github.com/aws/aws-sdk-go-v2/aws/signer/v4"
 )
 
 // A Principal calls KMS with an access key of its own.
@@ -186,7 +185,7 @@ func (s *Server) checkSignature(r *http.Request, a authScope, p *Principal, body
 	}
 	sum := sha256.Sum256(body)
 	creds := aws.Credentials{AccessKeyID: p.AccessKey, SecretAccessKey: p.SecretKey}
-	err = v4.NewSigner().SignHTTP(r.Context(), creds, again, hex.EncodeToString(sum[:]), "kms", a.region, signed)
+	err = s.signer.SignHTTP(r.Context(), creds, again, hex.EncodeToString(sum[:]), "kms", a.region, signed)
 	if err != nil || parseAuthorization(again.Header.Get("Authorization")).signature != a.signature {
 		return failure("InvalidSignatureException", "The request signature we calculated does not match the signature you provided. Check your AWS Secret Access Key and signing method. Consult the service documentation for details.")
 	}

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	v4 "github.com/aws/aws-sdk-go-v2/aws/signer/v4"
 	"golang.org/x/time/rate"
 )
 
@@ -40,6 +41,7 @@ type Server struct {
 	quit     chan struct{} // closed by Close; ends hanging calls
 	closing  sync.Once
 	admin    Principal
+	signer   *v4.Signer // it remembers the keys that it derives
 
 	mu         sync.Mutex
 	keys       map[string]map[string]*key // guarded by mu; by region and id
@@ -85,7 +87,7 @@ func Start(opts Options) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listening for KMS calls: %w", err)
 	}
-	s := &Server{opts: opts, listener: l, quit: make(chan struct{}),
+	s := &Server{opts: opts, listener: l, quit: make(chan struct{}), signer: v4.NewSigner(),
 		keys: map[string]map[string]*key{}, aliases: map[string]string{},
 		materials: map[[materialIDSize]byte]*material{}, principals: map[string]*Principal{},
 		limits: map[string]*rate.Limiter{}, regionRPS: map[string]float64{}, down: map[string]bool{}}
