@@ -42,9 +42,9 @@ const (
 
 // An entry is an entry of a directory that a walk may come to.
 type entry struct {
-	name string
-	ino  uint64
-	dir  bool
+	name, stored string
+	ino          uint64
+	dir          bool
 }
 
 // A level is a directory on a walk's way, and how far the queue has got in it.
@@ -99,7 +99,7 @@ func (l *level) more() error {
 		}
 		// A backing store that does not say what an entry is foretells nothing.
 		if e.Type == unix.DT_REG || e.Type == unix.DT_DIR && e.Name != "." && e.Name != ".." {
-			l.entries = append(l.entries, entry{e.Name, e.Ino, e.Type == unix.DT_DIR})
+			l.entries = append(l.entries, entry{e.Name, e.Stored, e.Ino, e.Type == unix.DT_DIR})
 		}
 	}
 	return nil
@@ -261,7 +261,7 @@ func (l *level) neighbours(before, ino uint64) bool {
 // A foretold file is expected to be opened.
 type foretold struct {
 	*level
-	name    string
+	stored  string
 	ino     uint64
 	crossed bool // it is in another directory than the walk is known to go to
 	handed  bool // its key was asked for
@@ -336,7 +336,7 @@ func (w *walk) next() *foretold {
 			}
 		case !s.dir:
 			l.users++
-			return &foretold{level: l, name: s.name, ino: s.ino, crossed: crossed}
+			return &foretold{level: l, stored: s.stored, ino: s.ino, crossed: crossed}
 		case w.files:
 			l.passed = append(l.passed, s)
 		case w.deep || crossed:

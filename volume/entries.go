@@ -14,6 +14,8 @@ type Entry struct {
 	Type uint8  // unix.DT_*; DT_UNKNOWN if the backing store doesn't say
 	Ino  uint64 // inode number on the backing store
 	Off  int64  // where the listing goes on after this entry (SeekTo)
+
+	Stored string // the name on the backing store, for Peek
 }
 
 // Entries lists a directory. It is for one goroutine at a time.
@@ -95,7 +97,7 @@ func (e *Entries) Next(out *Entry) (bool, error) {
 		if hidden {
 			continue
 		}
-		*out = Entry{Name: plain, Type: raw.dtype, Ino: raw.ino, Off: raw.off}
+		*out = Entry{Name: plain, Type: raw.dtype, Ino: raw.ino, Off: raw.off, Stored: raw.name}
 		return true, nil
 	}
 }
