@@ -19,7 +19,7 @@ import (
 // SETATTR that clears them. A CREATE never meets old contents here.
 //
 // It also carries the caller's umask to the nodes, and which WRITEs come from the
-// kernel's cache.
+// kernel's cache, and has listings go by their offsets alone.
 type rawFS struct {
 	fuse.RawFileSystem
 	used  *usage
@@ -163,4 +163,22 @@ func clearSetgid(fd int) error {
 		return err
 	}
 	return volume.Chmod(fd, st.Mode&0o7777&^unix.S_ISGID)
+}
+
+// anyOffset marks the offset of a READDIR, which is positive: go-fuse then takes it for
+// a seek. Left to itself it reads on in what it has handed out last if the offset is
+// there, and where that has more entries than this request has room for, it goes on
+// behind them.
+const anyOffset = 1 << 63
+
+// ReadDir lists from where the offset says.
+func (r *rawFS) ReadDir(cancel <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	in.Offset |= anyOffset
+	return r.RawFileSystem.ReadDir(cancel, in, out)
+}
+
+// ReadDirPlus does the same.
+func (r *rawFS) ReadDirPlus(cancel <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	in.Offset |= anyOffset
+	return r.RawFileSystem.ReadDirPlus(cancel, in, out)
 }

@@ -38,6 +38,12 @@ type dirHandle struct {
 	d    *cachedDir
 	mu   sync.Mutex // fsyncdir may come while a listing goes on
 	list *volume.Entries
+
+	// The entry handed out last, and the offsets before and behind it. It is handed out
+	// again when there was no room for it.
+	last         volume.Entry // guarded by mu
+	before, next int64        // guarded by mu; the same if there is none
+	again        bool         // guarded by mu
 }
 
 var _ = (fusefs.FileReaddirenter)((*dirHandle)(nil))
@@ -47,14 +53,19 @@ var _ = (fusefs.FileReaddirenter)((*dirHandle)(nil))
 func (h *dirHandle) Readdirent(context.Context) (*fuse.DirEntry, syscall.Errno) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	var e volume.Entry
-	more, err := h.list.Next(&e)
-	if err != nil {
-		return nil, h.n.errno("readdir", err)
+	if !h.again {
+		var e volume.Entry
+		more, err := h.list.Next(&e)
+		if err != nil {
+			return nil, h.n.errno("readdir", err)
+		}
+		if !more {
+			return nil, ok
+		}
+		h.last, h.before = e, h.next
 	}
-	if !more {
-		return nil, ok
-	}
+	e := h.last
+	h.next, h.again = e.Off, false
 	return &fuse.DirEntry{Name: e.Name, Mode: uint32(e.Type) << 12, Ino: e.Ino, Off: uint64(e.Off)}, ok
 }
 
@@ -74,11 +85,24 @@ func (h *dirHandle) Lookup(ctx context.Context, name string, out *fuse.EntryOut)
 
 var _ = (fusefs.FileSeekdirer)((*dirHandle)(nil))
 
-// Seekdir goes on after the entry with that offset.
+// Seekdir goes on after the entry with that offset. Every request begins with it, most
+// where the last one ended; a rewind shows what was made since.
 func (h *dirHandle) Seekdir(_ context.Context, off uint64) syscall.Errno {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.n.errno("seekdir", h.list.SeekTo(int64(off)))
+	to := int64(off &^ anyOffset)
+	switch {
+	case to != 0 && to == h.next && !h.again:
+		return ok
+	case to != 0 && to == h.before:
+		h.next, h.again = h.before, true
+		return ok
+	}
+	if err := h.list.SeekTo(to); err != nil {
+		return h.n.errno("seekdir", err)
+	}
+	h.before, h.next, h.again = to, to, false
+	return ok
 }
 
 var _ = (fusefs.FileFsyncdirer)((*dirHandle)(nil))

@@ -141,7 +141,13 @@ func (v *Volume) lockAlone(f *os.File) error {
 			return err
 		}
 		if !looked {
-			return &LockedError{Path: v.path, Holder: readLock(f).holder()}
+			// Nobody is named before who has taken it has written, and once who lets
+			// go of it has.
+			h := readLock(f).holder()
+			if h != nil || time.Now().After(deadline) {
+				return &LockedError{Path: v.path, Holder: h}
+			}
+			continue
 		}
 		if err := unix.Flock(int(f.Fd()), unix.LOCK_UN); err != nil || time.Now().After(deadline) {
 			return &LockedError{Path: v.path}

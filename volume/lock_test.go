@@ -128,6 +128,17 @@ func TestLookAtALockWithoutAName(t *testing.T) {
 	require.Nil(t, held.Holder)
 }
 
+// Who lets go of the lock has taken its name out of the file a moment before: whoever
+// comes then gets the lock.
+func TestLockWaitsForWhoLetsGo(t *testing.T) {
+	v, _ := newVolume(t, NamesPlain)
+	require.NoError(t, v.Lock("mount"))
+	require.NoError(t, (&lockText{Session: "over"}).write(v.lock.file))
+	gone := time.AfterFunc(100*time.Millisecond, v.lock.release)
+	require.NoError(t, reopen(t, v).Lock("next"))
+	require.False(t, gone.Stop(), "it was not waited for")
+}
+
 // A mount in another process, killed.
 func TestLookAcrossProcesses(t *testing.T) {
 	v, _ := newVolume(t, NamesPlain)

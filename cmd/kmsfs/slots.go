@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"kmsfs/volume"
 )
 
@@ -46,7 +48,9 @@ func ending(l *volume.LockedError) bool {
 	}
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", h.PID)) // it may have a mount namespace of its own
 	if err != nil {
-		return errors.Is(err, os.ErrNotExist)
+		// A process that is gone has no such file, and one that has ended and was not
+		// waited for yet has no mounts to tell of.
+		return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ESRCH)
 	}
 	return !slices.ContainsFunc(parseMountinfo(string(text)), func(m mountEntry) bool {
 		return m.isKmsfs() && mountOwner+m.point == h.Owner

@@ -368,7 +368,27 @@ func listing(s *stage) {
 	_, err := unix.Seek(fd, 0, unix.SEEK_SET)
 	s.ends("rewind", err)
 	s.say("again the same: %v", slices.Equal(list(s, fd), whole))
+	s.listInOtherPieces()
 	s.listWhileChanging()
+}
+
+// listInOtherPieces reads much of a directory at once, goes back, and reads little at a
+// time. Its end was not read before: the kernel has nothing to answer from.
+func (s *stage) listInOtherPieces() {
+	s.ends("mkdir", unix.Mkdir(s.path("pieces"), 0o755))
+	for i := range 300 {
+		s.write(fmt.Sprintf("pieces/entry %d", i), "")
+	}
+	fd := s.open("pieces", unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	buf := make([]byte, 256<<10)
+	n, err := unix.Getdents(fd, buf)
+	require.NoError(s.t, err)
+	whole := parse(buf[:n])
+	for _, at := range []int{0, 1, 150, 1, 299, 300} {
+		_, err = unix.Seek(fd, whole[at].off, unix.SEEK_SET)
+		require.NoError(s.t, err)
+		s.say("behind entry %d: the rest is the same: %v", at, slices.Equal(list(s, fd), whole[at+1:]))
+	}
 }
 
 // listWhileChanging: what is there all the time is listed once; the rest may be.
