@@ -467,6 +467,35 @@ func TestSetTrustedKeepsLeases(t *testing.T) {
 	}, arnA, arnB)
 }
 
+// TestDroppedKeysLease: what depends on a key that is trusted no more (a file that was
+// opened while a rekey dropped it, pages that the kernel kept of one closed before) ends
+// with the lease of those that are.
+func TestDroppedKeysLease(t *testing.T) {
+	for _, list := range [][]string{{arnA}, {arnA, arnB}} {
+		runLeases(t, testGrace, func(l *leaseTest) {
+			l.ring.SetTrusted([]string{arnB, arnC})
+			l.ring.Forget()
+			l.use(list)
+			require.NoError(t, l.ring.Ended(list))
+			l.after(10 * testInterval)
+			l.calls(arnB)
+			l.after(10 * testInterval)
+			require.GreaterOrEqual(t, l.calls(arnB), 10, "nothing else is open")
+			require.Zero(t, l.calls(arnA))
+			l.fail(arnC, KindDisabled)
+			l.after(2 * testInterval)
+			require.NoError(t, l.ring.Ended(list))
+			l.fail(arnB, KindDisabled)
+			l.after(testInterval)
+			require.ErrorIs(t, l.ring.Ended(list), crypt.ErrKeyDisabled)
+			l.mend(arnB)
+			l.after(testInterval)
+			require.NoError(t, l.ring.Ended(list))
+			require.NoError(t, l.ring.Ended(nil), "what has no keys depends on none")
+		}, arnA, arnB, arnC)
+	}
+}
+
 // TestLock: everything is refused, without a call, until Unlock; then it is asked for
 // anew.
 func TestLock(t *testing.T) {
