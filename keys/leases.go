@@ -189,13 +189,19 @@ func (l *leases) following() (list []*follower) {
 func (l *leases) usedLocked(lists [][]string) map[string]bool {
 	used := map[string]bool{}
 	for _, list := range lists {
+		now := time.Now()
+		granted := now
 		for s := range l.leasesLocked(list) {
-			used[s.key] = true
-			if now := time.Now(); s.wake(&l.opts, now) {
-				s.hurry(now, 0) // it stands in, and was not asked about for long
+			// One that stands in gets no time of its own: if it does not answer either,
+			// what depends on both ends as if there were but the first.
+			if s.wake(&l.opts, now, granted) {
+				s.hurry(now, 0) // it was not asked about for long
 			}
-			if s.state == LeaseValid {
+			if used[s.key] = true; s.state == LeaseValid {
 				break
+			}
+			if granted == now || s.confirmed.After(granted) {
+				granted = s.confirmed
 			}
 		}
 	}
@@ -284,7 +290,7 @@ func (l *leases) heard(op, key string, w witness, start time.Time, err error) {
 		l.mu.Unlock()
 		return
 	}
-	news := s.wake(&l.opts, start) || err != nil
+	news := s.wake(&l.opts, start, start) || err != nil
 	var changes []Lease
 	switch kindOf(err) {
 	case KindDisabled, KindNotFound:
