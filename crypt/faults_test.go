@@ -415,6 +415,34 @@ func failAnywhere(t *testing.T, deeds []deed, inTurn bool, faults, compared *ato
 	}
 }
 
+// TestTornRecordIsNoHole: what a short write left of a record may be zeros by chance, if
+// it is a few bytes; the block is what it was or what it was to be all the same, and never
+// a hole, in a file that may have holes.
+func TestTornRecordIsNoHole(t *testing.T) {
+	const block, last = 2, 3*(bs+RecordOverhead) - 1
+	m, v, f := newTestFile(t, bs, pattern(4*bs, 1))
+	require.NoError(t, f.Truncate(4*bs+2*zeroLimit)) // which declares a hole
+	require.NotEmpty(t, m.mark)
+	for tries := 0; tries == 0 || m.data[last] != 0; tries++ { // some 256 times
+		require.Less(t, tries, 100_000)
+		_, err := f.WriteAt(pattern(bs, 2), block*bs)
+		require.NoError(t, err)
+	}
+	b := &failing{memBacking: m, fault: faultsOf(syscall.EIO)[2], at: 2} // a byte before the end
+	torn, err := NewFile(b, bs, int64(len(m.data)), v.secretsOf(t, m))
+	require.NoError(t, err)
+	defer torn.Close()
+	_, err = torn.WriteAt(pattern(bs, 3), block*bs)
+	require.ErrorIs(t, err, syscall.EIO)
+	require.Equal(t, []string{"write"}, b.hits)
+	for _, f := range []*File{torn, v.open(t, m, bs)} {
+		got := make([]byte, bs)
+		_, err = f.ReadAt(got, block*bs)
+		require.NoError(t, err)
+		require.True(t, isBlockOf([][]byte{pattern(bs, 2), pattern(bs, 3)}, got, 0), "wrong bytes")
+	}
+}
+
 // TestUnreadEndIsNoDamage: an end that the store would not give is read again when it
 // is needed, and never cut off as a bad one.
 func TestUnreadEndIsNoDamage(t *testing.T) {
