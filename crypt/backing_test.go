@@ -81,16 +81,21 @@ func (m *memBacking) WriteAt(p []byte, off int64) (int, error) {
 }
 
 func (m *memBacking) resize(n int) {
-	for len(m.data) < n {
-		k := n - len(m.data)
-		m.data = append(m.data, make([]byte, k)...)
-		h := make([]bool, k)
-		for i := range h {
-			h[i] = true
-		}
-		m.hole = append(m.hole, h...)
+	if k := n - len(m.data); k > 0 {
+		m.data, m.hole = append(m.data, make([]byte, k)...), append(m.hole, make([]bool, k)...)
+		fill(m.hole[n-k:])
 	}
 	m.data, m.hole = m.data[:n], m.hole[:n]
+}
+
+// fill sets all of b. A loop would take a good part of the time of the faults at length.
+func fill(b []bool) {
+	if len(b) > 0 {
+		b[0] = true
+	}
+	for n := 1; n < len(b); n *= 2 {
+		copy(b[n:], b[:n])
+	}
 }
 
 func (m *memBacking) Truncate(n int64) error {
@@ -130,8 +135,9 @@ func (m *memBacking) PunchHole(off, n int64) error {
 	if m.noPunch {
 		return errors.ErrUnsupported
 	}
-	for i := off; i < min(off+n, int64(len(m.data))); i++ {
-		m.data[i], m.hole[i] = 0, true
+	if to := min(off+n, int64(len(m.data))); off < to {
+		clear(m.data[off:to])
+		fill(m.hole[off:to])
 	}
 	return nil
 }

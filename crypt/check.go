@@ -108,7 +108,7 @@ func (f *File) shorter(c *sealer, block int64) ([]byte, error) {
 		left -= n
 		return n >= RecordOverhead && n <= len(record) && o.open(plain[:n-RecordOverhead], block, record[:n]) == nil
 	}
-	for n := used; n < used+16; n++ { // the 16 bytes of a tag may end in zeros
+	for n := used; n < used+tagSize; n++ { // a tag may end in zeros
 		if opens(n) {
 			return record[:n], nil
 		}

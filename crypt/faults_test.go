@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -220,24 +221,32 @@ type trial struct {
 	name string
 }
 
-// play reports whether the fault struck, and how many bytes were compared.
-func play(t *testing.T, deeds []deed, fl fault, at int) (hit bool, compared int) {
+// contents are what there is before each deed, and after all of them.
+func contents(deeds []deed) (all [][]byte) {
+	all = append(all, nil)
+	for i, d := range deeds {
+		all = append(all, d.change(bytes.Clone(all[i])))
+	}
+	return all
+}
+
+// play reports whether the fault struck, and how many bytes were compared. The states
+// are the contents of the deeds.
+func play(t *testing.T, deeds []deed, states [][]byte, fl fault, at int) (hit bool, compared int) {
 	t.Helper()
 	c := &trial{t: t, b: &failing{memBacking: newMem(), fault: fl, at: at}, v: vault{}}
 	f, err := NewFile(c.b, bs, 0, nil)
 	require.NoError(t, err)
 	defer f.Close()
 	c.f = f
-	for _, d := range deeds {
+	for i, d := range deeds {
 		if c.f.NeedsKey() {
 			c.v.prime(t, c.f, bs)
 		}
-		c.name = fmt.Sprintf("%s, call %d (%v) fails with %v %s", d.name, at, c.b.hits, fl.errno, fl.name)
+		c.want = states[i]
 		err := d.run(c.f)
-		changed := d.change(bytes.Clone(c.want))
 		if len(c.b.hits) == 0 {
 			require.NoError(t, err, d.name)
-			c.want = changed
 			continue
 		}
 		c.name = fmt.Sprintf("%s, call %d (%v) fails with %v %s", d.name, at, c.b.hits, fl.errno, fl.name)
@@ -245,7 +254,7 @@ func play(t *testing.T, deeds []deed, fl fault, at int) (hit bool, compared int)
 			require.ErrorIs(t, err, fl.errno, c.name)
 		}
 		c.b.at = 0
-		return true, c.after(d, changed, err)
+		return true, c.after(d, states[i+1], err)
 	}
 	return false, 0
 }
@@ -360,33 +369,78 @@ func faultsOf(errno syscall.Errno) (all []fault) {
 }
 
 // TestStoreFailsAnywhere: KMSFS_TEST_FAULT_SCRIPTS adds that many random scripts, and
-// tries each errno at each call, not one in turn.
+// tries each errno at each call, not one in turn. -run TestStoreFailsAnywhere/all/^N$
+// repeats the Nth of them.
 func TestStoreFailsAnywhere(t *testing.T) {
 	t.Parallel()
 	random := fromEnv(t, "KMSFS_TEST_FAULT_SCRIPTS", 0)
-	scripts := [][]deed{script()}
-	for seed := range random {
-		scripts = append(scripts, randomScript(uint64(seed)))
-	}
-	faults, compared := 0, 0
-	errnos := []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT, syscall.EIO}
-	for seed, deeds := range scripts {
-		for way := range faultsOf(0) {
-			for at, hit := 1, true; hit; at++ {
-				for i, errno := range errnos {
-					if random == 0 && i != (at+way)%len(errnos) {
-						continue
-					}
-					var n int
-					if hit, n = play(t, deeds, faultsOf(errno)[way], at); hit {
-						faults, compared = faults+1, compared+n
-					}
+	var scripts, faults, compared atomic.Int64
+	t.Run("all", func(t *testing.T) {
+		for n := range 1 + random {
+			t.Run(fmt.Sprint(n), func(t *testing.T) {
+				t.Parallel()
+				deeds := script()
+				if n > 0 {
+					deeds = randomScript(uint64(n - 1))
 				}
-				require.True(t, hit || at > 20, "script %d does not call the store", seed)
+				failAnywhere(t, deeds, random == 0, &faults, &compared)
+				scripts.Add(1)
+			})
+		}
+	})
+	if t.Failed() {
+		return
+	}
+	t.Logf("faults injected: %d in %d scripts, bytes compared: %d, losses: 0", faults.Load(), scripts.Load(), compared.Load())
+}
+
+// failAnywhere has each call of a script fail in each way, with each errno or one in turn.
+func failAnywhere(t *testing.T, deeds []deed, inTurn bool, faults, compared *atomic.Int64) {
+	errnos := []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT, syscall.EIO}
+	states := contents(deeds)
+	for way := range faultsOf(0) {
+		for at, hit := 1, true; hit; at++ {
+			for i, errno := range errnos {
+				if inTurn && i != (at+way)%len(errnos) {
+					continue
+				}
+				var n int
+				if hit, n = play(t, deeds, states, faultsOf(errno)[way], at); hit {
+					faults.Add(1)
+					compared.Add(int64(n))
+				}
 			}
+			require.True(t, hit || at > 20, "it does not call the store")
 		}
 	}
-	t.Logf("faults injected: %d, bytes compared: %d, losses: 0", faults, compared)
+}
+
+// TestTornRecordIsNoHole: what a short write left of a record may be zeros by chance, if
+// it is a few bytes; the block is what it was or what it was to be all the same, and never
+// a hole, in a file that may have holes.
+func TestTornRecordIsNoHole(t *testing.T) {
+	const block, last = 2, 3*(bs+RecordOverhead) - 1
+	m, v, f := newTestFile(t, bs, pattern(4*bs, 1))
+	require.NoError(t, f.Truncate(4*bs+2*zeroLimit)) // which declares a hole
+	require.NotEmpty(t, m.mark)
+	for tries := 0; tries == 0 || m.data[last] != 0; tries++ { // some 256 times
+		require.Less(t, tries, 100_000)
+		_, err := f.WriteAt(pattern(bs, 2), block*bs)
+		require.NoError(t, err)
+	}
+	b := &failing{memBacking: m, fault: faultsOf(syscall.EIO)[2], at: 2} // a byte before the end
+	torn, err := NewFile(b, bs, int64(len(m.data)), v.secretsOf(t, m))
+	require.NoError(t, err)
+	defer torn.Close()
+	_, err = torn.WriteAt(pattern(bs, 3), block*bs)
+	require.ErrorIs(t, err, syscall.EIO)
+	require.Equal(t, []string{"write"}, b.hits)
+	for _, f := range []*File{torn, v.open(t, m, bs)} {
+		got := make([]byte, bs)
+		_, err = f.ReadAt(got, block*bs)
+		require.NoError(t, err)
+		require.True(t, isBlockOf([][]byte{pattern(bs, 2), pattern(bs, 3)}, got, 0), "wrong bytes")
+	}
 }
 
 // TestUnreadEndIsNoDamage: an end that the store would not give is read again when it

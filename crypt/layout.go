@@ -11,6 +11,7 @@ import "math"
 // size, possibly none): the end rule (DESIGN 3.3).
 const (
 	epochSize = 4
+	tagSize   = 16
 	// RecordOverhead is what a record is longer than its plaintext, in bytes.
 	RecordOverhead = 32
 )

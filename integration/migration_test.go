@@ -2,6 +2,7 @@ package integration
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"kmsfs/integration/harness"
@@ -482,10 +484,9 @@ func killRekeys(t *testing.T, e *harness.Env, keys [2]string, reach func(key str
 	path := func(i int) string { return v.Path(name(i)) }
 	noise := harness.Noise(6000)
 	want := func(i int) []byte { return noise[i%3000 : i%3000+10+i%2900] }
-	for i := range files {
-		require.NoError(t, os.MkdirAll(filepath.Dir(path(i)), 0o700))
-		require.NoError(t, os.WriteFile(path(i), want(i), 0o600))
-	}
+	require.NoError(t, eachOf(files, func(i int) error {
+		return errors.Join(os.MkdirAll(filepath.Dir(path(i)), 0o700), os.WriteFile(path(i), want(i), 0o600))
+	}))
 	start := time.Now()
 	e.Must("rekey", v.Dir, "--to", keys[1], "--yes")
 	whole := time.Since(start)
@@ -513,15 +514,35 @@ func killRekeys(t *testing.T, e *harness.Env, keys [2]string, reach func(key str
 		}
 		reach(from, false)
 		v.Mount()
-		for i := range files {
+		require.NoError(t, eachOf(files, func(i int) error {
 			got, err := os.ReadFile(path(i))
-			require.NoError(t, err)
-			require.True(t, bytes.Equal(want(i), got), "%s reads otherwise", path(i))
-		}
+			if err == nil && !bytes.Equal(want(i), got) {
+				err = fmt.Errorf("%s reads otherwise", path(i))
+			}
+			return err
+		}))
 		reach(from, true)
 	}
 	t.Logf("%d files; killed %d times, of which %d between the first and the last header; files lost: 0", files, killed, midway)
 	require.NotZero(t, midway)
+}
+
+// eachOf calls f for each number below n, four at a time: most of the time each waits for
+// the kernel, the daemon and KMS in turn.
+func eachOf(n int, f func(i int) error) error {
+	const at = 4
+	var jobs errgroup.Group
+	for first := range at {
+		jobs.Go(func() error {
+			for i := first; i < n; i += at {
+				if err := f(i); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	return jobs.Wait()
 }
 
 // untilKey returns once a file's header names the key, or after the limit.

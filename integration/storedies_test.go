@@ -57,8 +57,8 @@ func (d *dying) one(t *testing.T, deed deed, first int) {
 	d.t = t
 	v := d.v
 	var before, after map[string]sight
+	v.Mount()
 	for at := first; ; at += d.step {
-		v.Mount()
 		dir := v.Path("d")
 		require.NoError(t, unix.Mkdir(dir, 0o700))
 		require.NoError(t, deed.prepare(dir))
@@ -87,8 +87,8 @@ func (d *dying) one(t *testing.T, deed deed, first int) {
 		}
 		v.Mount()
 		require.NoError(t, os.RemoveAll(dir), what)
-		v.Umount()
 		if hit == "" {
+			v.Umount()
 			return
 		}
 		d.cuts++

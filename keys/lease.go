@@ -90,7 +90,8 @@ type lease struct {
 	silent    bool // revoked by an outage, not by a denial
 	denied    bool // AccessDenied once, and nothing better since
 	checking  bool
-	confirmed time.Time
+	confirmed time.Time // what depends on it was allowed then, by this key or one that it stands in for
+	woken     time.Time // when it was no longer idle
 	asked     time.Time // the last check
 	next      time.Time // the next check
 	ended     time.Time // when it was last revoked: what was asked before is void
@@ -123,11 +124,12 @@ func (l *lease) confirm(o *LeaseOptions, start time.Time) (changed bool) {
 }
 
 // wake starts the clock of a lease that was idle, and reports whether it was: a data
-// key depends on it now, whatever the key service had to say.
-func (l *lease) wake(o *LeaseOptions, start time.Time) bool {
+// key depends on it now, whatever the key service had to say. granted is when the use of
+// that was allowed last.
+func (l *lease) wake(o *LeaseOptions, start, granted time.Time) bool {
 	woke := l.idle
 	if woke {
-		l.idle, l.confirmed, l.next = false, start, renewAt(start, o.Interval)
+		l.idle, l.confirmed, l.woken, l.next = false, granted, start, renewAt(start, o.Interval)
 	}
 	return woke
 }
@@ -207,6 +209,9 @@ func (l *lease) age(o *LeaseOptions, now time.Time) (changed bool) {
 		return false
 	}
 	asked := l.err != nil || l.checking && elapsed(now, l.asked) >= o.Interval/10
+	if !asked && elapsed(now, l.woken) < o.Interval {
+		return false // it stands in, and is being asked
+	}
 	e := l.err
 	if e == nil {
 		e = l.silence()
@@ -235,9 +240,13 @@ func (l *lease) wait(o *LeaseOptions, now time.Time) time.Duration {
 	if l.idle || l.state == LeaseRevoked {
 		return wait
 	}
-	left := o.Interval - elapsed(now, l.confirmed)
-	if l.state == LeaseGrace {
-		left += o.Grace
+	silence := elapsed(now, l.confirmed)
+	left := o.Interval + o.Grace - silence
+	if l.checking && l.err == nil {
+		left = max(left, o.Interval/10-elapsed(now, l.asked))
+	}
+	if l.state == LeaseValid {
+		left = min(left, o.Interval-min(silence, elapsed(now, l.woken)))
 	}
 	return min(wait, left, tickPause)
 }

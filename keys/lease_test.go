@@ -448,6 +448,47 @@ func TestOtherKeysDenial(t *testing.T) {
 	}, arnA, arnB)
 }
 
+// TestOutageOfAll: keys that stand in for one another and are all silent buy no time: what
+// depends on them ends when it would with the first alone.
+func TestOutageOfAll(t *testing.T) {
+	for _, grace := range []time.Duration{0, testGrace} {
+		runLeases(t, grace, func(l *leaseTest) {
+			l.use([]string{arnA, arnB, arnC})
+			for _, key := range []string{arnA, arnB, arnC} {
+				l.fail(key, KindUnavailable)
+			}
+			start := time.Now()
+			for l.ended() == nil && time.Since(start) < 10*(testInterval+testGrace) {
+				l.after(time.Second)
+			}
+			require.GreaterOrEqual(t, time.Since(start), testInterval+grace)
+			require.LessOrEqual(t, time.Since(start), testInterval+grace+testInterval/10)
+			for _, key := range []string{arnA, arnB, arnC} {
+				require.Positive(t, l.state(key).Checks, "each has its chance: %s", key)
+			}
+			l.mend(arnC)
+			l.after(testInterval)
+			require.NoError(t, l.ended(), "one answers")
+		}, arnA, arnB, arnC)
+		runLeases(t, grace, func(l *leaseTest) {
+			l.fail(arnA, KindUnavailable)
+			l.onCall(func(ctx context.Context, op, key string, err error) error {
+				wait := 9 * time.Second
+				if key == arnB {
+					wait = 5 * time.Second
+				}
+				return cmp.Or(slow(wait)(ctx, op, key), err)
+			})
+			for range 4 * (testInterval + grace) / time.Second {
+				l.after(time.Second)
+				require.NoError(t, l.ended())
+			}
+			changes, _ := l.notes()
+			require.Subset(t, []string{arnA + " grace", arnA + " revoked"}, changes, "the one that stands in is asked, and answers")
+		}, arnA, arnB, arnC)
+	}
+}
+
 // TestSetTrustedKeepsLeases: a key that is dropped governs nothing, a new one does.
 func TestSetTrustedKeepsLeases(t *testing.T) {
 	runLeases(t, testGrace, func(l *leaseTest) {
@@ -465,6 +506,35 @@ func TestSetTrustedKeepsLeases(t *testing.T) {
 		l.after(testInterval)
 		require.Error(t, l.ended())
 	}, arnA, arnB)
+}
+
+// TestDroppedKeysLease: what depends on a key that is trusted no more (a file that was
+// opened while a rekey dropped it, pages that the kernel kept of one closed before) ends
+// with the lease of those that are.
+func TestDroppedKeysLease(t *testing.T) {
+	for _, list := range [][]string{{arnA}, {arnA, arnB}} {
+		runLeases(t, testGrace, func(l *leaseTest) {
+			l.ring.SetTrusted([]string{arnB, arnC})
+			l.ring.Forget()
+			l.use(list)
+			require.NoError(t, l.ring.Ended(list))
+			l.after(10 * testInterval)
+			l.calls(arnB)
+			l.after(10 * testInterval)
+			require.GreaterOrEqual(t, l.calls(arnB), 10, "nothing else is open")
+			require.Zero(t, l.calls(arnA))
+			l.fail(arnC, KindDisabled)
+			l.after(2 * testInterval)
+			require.NoError(t, l.ring.Ended(list))
+			l.fail(arnB, KindDisabled)
+			l.after(testInterval)
+			require.ErrorIs(t, l.ring.Ended(list), crypt.ErrKeyDisabled)
+			l.mend(arnB)
+			l.after(testInterval)
+			require.NoError(t, l.ring.Ended(list))
+			require.NoError(t, l.ring.Ended(nil), "what has no keys depends on none")
+		}, arnA, arnB, arnC)
+	}
 }
 
 // TestLock: everything is refused, without a call, until Unlock; then it is asked for

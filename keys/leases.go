@@ -3,6 +3,8 @@ package keys
 import (
 	"context"
 	"errors"
+	"iter"
+	"slices"
 	"sync"
 	"time"
 
@@ -45,6 +47,7 @@ type leases struct {
 	running   bool                   // guarded by mu
 	locked    bool                   // guarded by mu
 	byKey     map[string]*lease      // guarded by mu
+	order     []string               // guarded by mu; its keys, as they are trusted
 	volumeKey *crypt.Header          // guarded by mu; every copy of it is a witness
 	learned   map[string]witness     // guarded by mu; by key
 	followers map[*follower]struct{} // guarded by mu
@@ -78,7 +81,7 @@ func (l *leases) trust(keys []string) {
 		return
 	}
 	before, now := l.byKey, time.Now()
-	l.byKey = map[string]*lease{}
+	l.byKey, l.order = map[string]*lease{}, slices.Clone(keys)
 	for _, key := range keys {
 		if l.byKey[key] = before[key]; before[key] == nil {
 			l.byKey[key] = &lease{key: key, confirmed: now, next: renewAt(now, l.opts.Interval)}
@@ -186,17 +189,19 @@ func (l *leases) following() (list []*follower) {
 func (l *leases) usedLocked(lists [][]string) map[string]bool {
 	used := map[string]bool{}
 	for _, list := range lists {
-		for _, key := range list {
-			used[key] = true
-			s := l.byKey[key]
-			if s == nil {
-				continue
+		now := time.Now()
+		granted := now
+		for s := range l.leasesLocked(list) {
+			// One that stands in gets no time of its own: if it does not answer either,
+			// what depends on both ends as if there were but the first.
+			if s.wake(&l.opts, now, granted) {
+				s.hurry(now, 0) // it was not asked about for long
 			}
-			if now := time.Now(); s.wake(&l.opts, now) {
-				s.hurry(now, 0) // it stands in, and was not asked about for long
-			}
-			if s.state == LeaseValid {
+			if used[s.key] = true; s.state == LeaseValid {
 				break
+			}
+			if granted == now || s.confirmed.After(granted) {
+				granted = s.confirmed
 			}
 		}
 	}
@@ -285,7 +290,7 @@ func (l *leases) heard(op, key string, w witness, start time.Time, err error) {
 		l.mu.Unlock()
 		return
 	}
-	news := s.wake(&l.opts, start) || err != nil
+	news := s.wake(&l.opts, start, start) || err != nil
 	var changes []Lease
 	switch kindOf(err) {
 	case KindDisabled, KindNotFound:
@@ -318,19 +323,40 @@ func (l *leases) ended(list []string) error {
 		return ErrLocked
 	}
 	var silent error
-	for _, key := range list {
-		s := l.byKey[key]
-		if s == nil || s.state != LeaseRevoked {
+	for s := range l.leasesLocked(list) {
+		if s.state != LeaseRevoked {
 			return nil
 		}
 		if !s.silent {
-			return &LeaseError{key, s.err}
+			return &LeaseError{s.key, s.err}
 		}
 		if silent == nil {
-			silent = &LeaseError{key, s.err}
+			silent = &LeaseError{s.key, s.err}
 		}
 	}
 	return silent
+}
+
+// leasesLocked yields the leases that what depends on a list of keys is under: those of
+// the keys that are trusted still. If a rekey has dropped all of them, it is all leases: what
+// was opened, or closed and kept by the kernel, before it noticed is the volume's too, and is
+// cut off with it.
+func (l *leases) leasesLocked(list []string) iter.Seq[*lease] {
+	return func(yield func(*lease) bool) {
+		some := len(list) == 0
+		for _, from := range [...][]string{list, l.order} {
+			for _, key := range from {
+				if s := l.byKey[key]; s != nil {
+					if some = true; !yield(s) {
+						return
+					}
+				}
+			}
+			if some {
+				return
+			}
+		}
+	}
 }
 
 // anyEnded reports whether any data key may not be used.

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"sync"
 	"syscall"
+	"time"
 
 	fusefs "github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -43,9 +44,16 @@ func (e *Env) Store() *Store {
 	require.NoError(e.T, server.WaitMount())
 	e.T.Cleanup(func() {
 		s.Lift()
-		if err := server.Unmount(); err != nil {
-			e.T.Errorf("unmounting the store: %v", err)
-			release(s.Dir)
+		unmounted := make(chan error, 1)
+		go func() { unmounted <- server.Unmount() }() // which waits for the kernel's last word
+		select {
+		case err := <-unmounted:
+			if err != nil {
+				e.T.Errorf("unmounting the store: %v", err)
+				release(s.Dir)
+			}
+		case <-time.After(20 * time.Second):
+			e.T.Errorf("the store %s does not end; is it mounted in another namespace too?", s.Dir)
 		}
 	})
 	return s
