@@ -14,9 +14,8 @@ import (
 // for, so that a program that walks through a tree does not wait for the network at
 // every file.
 type KeyPrefetcher interface {
-	// Prefetches reports whether Prefetch is of any use now, and whether it costs only
-	// work, which many files at a time are worth, and no waiting. It asks nobody.
-	Prefetches() (useful, cheap bool)
+	// Prefetches reports whether Prefetch is of any use now. It asks nobody.
+	Prefetches() bool
 	// Prefetch opens a header's data key for an Open to come. It reports whether it had
 	// to ask for it; an error means that it is no use to go on for the moment.
 	Prefetch(ctx context.Context, h *crypt.Header) (asked bool, err error)
@@ -32,12 +31,8 @@ const (
 	// knownRun is after how many keys that were there already only every knownRun-th
 	// file is looked at: a tree is being read again.
 	knownRun = 8
-	// eventsMost is how many messages of opens may wait to be looked at; more are not seen.
+	// eventsMost is how many opens may wait to be looked at; more are not seen.
 	eventsMost = 256
-	// Where a key costs work alone, so many opens are told of at once, and so many files
-	// looked at by one goroutine: to wake one costs as much as is gained by a few.
-	cheapEvents = 8
-	cheapLooks  = 32
 )
 
 // ahead watches opens, foretells those to come, and has their keys opened. One
@@ -47,17 +42,14 @@ type ahead struct {
 	fs     *fileSystem
 	keys   KeyPrefetcher
 	most   int // keys asked for at once
-	opens  chan []*node
-	done   chan []look
+	opens  chan *node
+	done   chan answer
 	ctx    context.Context
 	cancel context.CancelFunc
 	loops  sync.WaitGroup
 	jobs   sync.WaitGroup
 
 	walks, handed, listed atomic.Int64
-
-	mu    sync.Mutex
-	quiet []*node // guarded by mu; opens that were not told of yet
 
 	// The rest is the loop's.
 	active   []*tracked
@@ -81,8 +73,8 @@ type recent struct {
 	vain int // looks that found no walk
 }
 
-// A look is what came of handing a file on.
-type look struct {
+// An answer is what came of handing a file on.
+type answer struct {
 	walk  *walk
 	file  *foretold
 	asked bool
@@ -96,8 +88,8 @@ func (fs *fileSystem) startAhead() {
 	if !can || fs.opts.Prefetch <= 0 {
 		return
 	}
-	a := &ahead{fs: fs, keys: keys, most: fs.opts.Prefetch, opens: make(chan []*node, eventsMost),
-		done: make(chan []look, fs.opts.Prefetch), recent: map[uint64]*recent{}}
+	a := &ahead{fs: fs, keys: keys, most: fs.opts.Prefetch, opens: make(chan *node, eventsMost),
+		done: make(chan answer, fs.opts.Prefetch), recent: map[uint64]*recent{}}
 	a.ctx, a.cancel = context.WithCancel(context.Background())
 	a.loops.Go(a.loop)
 	fs.ahead = a
@@ -112,9 +104,7 @@ func (a *ahead) end() {
 	a.loops.Wait()
 	a.jobs.Wait()
 	for len(a.done) > 0 {
-		for _, l := range <-a.done {
-			l.file.leave()
-		}
+		(<-a.done).file.leave()
 	}
 	for _, t := range a.active {
 		t.end()
@@ -123,34 +113,13 @@ func (a *ahead) end() {
 
 // opened tells of an open of a file that has contents to be decrypted.
 func (a *ahead) opened(n *node) {
-	if a == nil {
+	if a == nil || !a.keys.Prefetches() {
 		return
-	}
-	useful, cheap := a.keys.Prefetches()
-	if !useful {
-		return
-	}
-	told := []*node{n}
-	if cheap {
-		if told = a.gather(n); told == nil {
-			return
-		}
 	}
 	select {
-	case a.opens <- told:
+	case a.opens <- n:
 	default: // foretelling is no reason to wait
 	}
-}
-
-// gather keeps an open until there are enough of them to be told of.
-func (a *ahead) gather(n *node) (told []*node) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.quiet = append(a.quiet, n); len(a.quiet) < cheapEvents {
-		return nil
-	}
-	told, a.quiet = a.quiet, make([]*node, 0, cheapEvents)
-	return told
 }
 
 func (a *ahead) loop() {
@@ -160,13 +129,10 @@ func (a *ahead) loop() {
 		select {
 		case <-a.ctx.Done():
 			return
-		case told := <-a.opens:
-			for _, n := range told {
-				a.see(n)
-				a.extend()
-			}
-		case looks := <-a.done:
-			a.learn(looks)
+		case n := <-a.opens:
+			a.see(n)
+		case r := <-a.done:
+			a.learn(r)
 		case now := <-tick.C:
 			a.tidy(now)
 		}
@@ -268,102 +234,69 @@ func (a *ahead) tidy(now time.Time) {
 	}
 }
 
-// extend foretells as far as the bounds allow.
-func (a *ahead) extend() {
-	for _, t := range a.active {
-		t.window = min(t.window, 2*a.most)
-		t.extend()
-	}
-}
-
 // hand has the keys of foretold files opened, as far as the bounds allow.
 func (a *ahead) hand() {
 	if time.Now().Before(a.paused) {
 		return
 	}
-	a.extend()
-	most, each := a.most, 1
-	if _, cheap := a.keys.Prefetches(); cheap {
-		most, each = 1, cheapLooks
-	}
 	for _, t := range a.active {
-		for a.inflight < most {
-			files := t.take(each)
-			if len(files) == 0 {
+		t.window = min(t.window, 2*a.most)
+		t.extend()
+		for _, f := range t.queue[:min(len(t.queue), t.window)] {
+			if a.inflight >= a.most || f.crossed && !t.deep {
 				break
 			}
-			a.ask(t.walk, files)
+			if !f.handed {
+				f.handed = true
+				a.ask(t, f)
+			}
 		}
 	}
 }
 
-// take is the next files of the window that were not handed on yet. While what is looked
-// at is known already, few are.
-func (t *tracked) take(most int) (files []*foretold) {
-	for _, f := range t.queue[:min(len(t.queue), t.window)] {
-		if len(files) == most || f.crossed && !t.deep {
-			break
-		}
-		if f.handed {
-			continue
-		}
-		f.handed = true
-		if t.asked++; t.known >= knownRun && t.asked%knownRun != 0 {
-			continue
-		}
-		files = append(files, f)
+// ask has somebody look at a file. While what is looked at is known already, few are.
+func (a *ahead) ask(t *tracked, f *foretold) {
+	if t.asked++; t.known >= knownRun && t.asked%knownRun != 0 {
+		return
 	}
-	return files
-}
-
-// ask has somebody look at files.
-func (a *ahead) ask(w *walk, files []*foretold) {
 	a.inflight++
-	looks := make([]look, len(files))
-	for i, f := range files {
-		f.users++
-		looks[i] = look{walk: w, file: f}
-	}
+	f.users++
 	a.jobs.Go(func() {
-		for i := range looks {
-			if looks[i].at(a); looks[i].err != nil {
-				break
-			}
-		}
-		a.done <- looks // there is room for all that are under way
+		r := a.look(f)
+		r.walk, r.file = t.walk, f
+		a.done <- r // there is room for all that are under way
 	})
 }
 
-// at reads the header and hands it on. What is not the file that was listed, or is
+// look reads the header and hands it on. What is not the file that was listed, or is
 // not one of ours, is none of our business: an open will tell.
-func (l *look) at(a *ahead) {
-	raw, st, err := l.file.dir.Peek(l.file.stored)
-	if err != nil || st.Ino != l.file.ino || st.Size == 0 || len(raw) == 0 {
-		return
+func (a *ahead) look(f *foretold) (r answer) {
+	raw, st, err := f.dir.Peek(f.stored)
+	if err != nil || st.Ino != f.ino || st.Size == 0 || len(raw) == 0 {
+		return r
 	}
 	h, err := a.fs.vol.ParseHeader(raw)
 	if err != nil {
-		return
+		return r
 	}
-	l.asked, l.err = a.keys.Prefetch(a.ctx, h)
-	l.known = !l.asked && l.err == nil
-	if l.asked {
+	r.asked, r.err = a.keys.Prefetch(a.ctx, h)
+	r.known = !r.asked && r.err == nil
+	if r.asked {
 		a.handed.Add(1)
 	}
+	return r
 }
 
-func (a *ahead) learn(looks []look) {
+func (a *ahead) learn(r answer) {
 	a.inflight--
-	for _, l := range looks {
-		l.file.leave()
-		switch {
-		case l.err != nil:
-			a.paused = time.Now().Add(aheadPause)
-			l.walk.window = firstWindow
-		case l.known:
-			l.walk.known++
-		case l.asked:
-			l.walk.known = 0
-		}
+	r.file.leave()
+	switch {
+	case r.err != nil:
+		a.paused = time.Now().Add(aheadPause)
+		r.walk.window = firstWindow
+	case r.known:
+		r.walk.known++
+	case r.asked:
+		r.walk.known = 0
 	}
 }

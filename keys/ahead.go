@@ -3,7 +3,6 @@ package keys
 import (
 	"context"
 	"errors"
-	"runtime"
 	"sync"
 	"time"
 
@@ -100,19 +99,18 @@ func (a *ahead) addTo(s *Stats) {
 	s.Ahead, s.AheadFailed = a.issued, a.failed
 }
 
-// Prefetches reports whether Prefetch is of any use, and whether it costs only work. With
-// a local key it does, and is of use to whoever opens file after file if another
-// processor can do that work meanwhile.
-func (r *Ring) Prefetches() (useful, cheap bool) {
+// Prefetches reports whether Prefetch is of any use: it is asked for, and opening a data
+// key can take long. A local key opens one sooner than a guess is made.
+func (r *Ring) Prefetches() bool {
 	if r.ahead.max == 0 {
-		return false, false
+		return false
 	}
 	for _, key := range r.core.keys() {
 		if !IsLocal(key) {
-			return true, false
+			return true
 		}
 	}
-	return runtime.NumCPU() > 1, true
+	return false
 }
 
 // Prefetch opens a header's data key so that Open finds it at hand, within the bounds of
@@ -129,14 +127,10 @@ func (r *Ring) Prefetch(ctx context.Context, h *crypt.Header) (asked bool, err e
 	if r.cache.has(&h.Identity) {
 		return false, nil
 	}
-	if r.cache.full() || !r.ahead.begin() {
+	if IsLocal(list[0].key) || r.cache.full() || !r.ahead.begin() {
 		return false, ErrNotAhead
 	}
-	if IsLocal(list[0].key) {
-		asked, err = true, r.cache.prefetch(ctx, h)
-	} else {
-		asked, err = r.flight.prefetch(ctx, h)
-	}
+	asked, err = r.flight.prefetch(ctx, h)
 	if !asked && err == nil {
 		r.ahead.none()
 		return false, nil
@@ -218,13 +212,6 @@ func (f *flight) guess(id string, h *crypt.Header) (c *flightCall, mine bool) {
 	c = f.prepareLocked(id, h, true)
 	go c.run()
 	return c, true
-}
-
-// prefetch is open for a guess, of what waits for nothing.
-func (c *cache) prefetch(ctx context.Context, h *crypt.Header) error {
-	o, err := c.open(withAhead(ctx), h)
-	o.secrets.Wipe()
-	return err
 }
 
 // has reports whether an identity is remembered. It is not a use.

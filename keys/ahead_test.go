@@ -2,7 +2,6 @@ package keys
 
 import (
 	"context"
-	"runtime"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -32,9 +31,7 @@ func TestPrefetch(t *testing.T) {
 	f := newFake()
 	list := aheadHeaders(t, f, 3, arnA)
 	r := newTestRing(t, f, prefetching, arnA)
-	useful, cheap := r.Prefetches()
-	require.True(t, useful)
-	require.False(t, cheap, "KMS is waited for")
+	require.True(t, r.Prefetches())
 	for _, h := range list {
 		asked, err := r.Prefetch(t.Context(), h)
 		require.NoError(t, err)
@@ -50,33 +47,6 @@ func TestPrefetch(t *testing.T) {
 	s := r.Stats()
 	require.Equal(t, []int64{3, 0, 1, 2, 0}, []int64{s.Ahead, s.AheadFailed, s.AheadUsed, s.AheadWasted, int64(s.AheadUnused)})
 	require.Equal(t, []int64{2, 0, 0}, []int64{s.CacheHits, s.CacheMisses, s.OpenWaits})
-}
-
-// A guess under a local key is made by whoever asks for it, and its open finds it. It is
-// of use where another processor has time for it.
-func TestPrefetchLocal(t *testing.T) {
-	noLeaks(t)
-	f := newFake()
-	list := aheadHeaders(t, f, 2, "local:a")
-	r := newTestRing(t, f, prefetching, "local:a")
-	useful, cheap := r.Prefetches()
-	require.Equal(t, runtime.NumCPU() > 1, useful)
-	require.True(t, cheap)
-	asked, err := r.Prefetch(t.Context(), list[0])
-	require.NoError(t, err)
-	require.True(t, asked)
-	asked, err = r.Prefetch(t.Context(), list[0])
-	require.NoError(t, err)
-	require.False(t, asked, "it is there already")
-	require.NoError(t, open(t, r, list[0]))
-	require.Equal(t, 1, f.count())
-	f.before = failing(map[string]Kind{"local:a": KindDisabled})
-	_, err = r.Prefetch(t.Context(), list[1])
-	require.ErrorIs(t, err, crypt.ErrKeyDisabled)
-	_, err = r.Prefetch(t.Context(), list[1])
-	require.ErrorIs(t, err, ErrNotAhead, "after a refusal there is a rest")
-	s := r.Stats()
-	require.Equal(t, []int64{2, 1, 1}, []int64{s.Ahead, s.AheadFailed, s.AheadUsed})
 }
 
 // What an open would not get, a guess does not ask for.
@@ -98,8 +68,8 @@ func TestPrefetchIsRefused(t *testing.T) {
 	off := newTestRing(t, f, nil, arnA)
 	_, err = off.Prefetch(t.Context(), h)
 	require.ErrorIs(t, err, ErrNotAhead)
-	useful, _ := off.Prefetches()
-	require.False(t, useful)
+	require.False(t, off.Prefetches())
+	require.False(t, newTestRing(t, f, prefetching, "local:a").Prefetches())
 }
 
 // A lock that comes while a guess is on its way leaves nothing behind.
