@@ -28,8 +28,16 @@ func BenchmarkFreshLocal(b *testing.B) {
 	}
 }
 
-func BenchmarkOpenLocal(b *testing.B) {
-	r := localRing(b)
+// The same with an envelope that is shared, whose intermediate key is remembered.
+func BenchmarkOpenShared(b *testing.B) {
+	f := newFake()
+	openMany(b, NewRing(RingOptions{Volume: testVolume, Shared: true, Trusted: []string{arnA}, Provider: f}))
+}
+
+func BenchmarkOpenLocal(b *testing.B) { openMany(b, localRing(b)) }
+
+func openMany(b *testing.B, r *Ring) {
+	b.Cleanup(r.Close)
 	var headers []*crypt.Header
 	for range 20000 { // more than the ring remembers
 		f, err := r.Fresh(b.Context())

@@ -13,11 +13,12 @@ import (
 // call belongs to no caller: one who is interrupted leaves at once, the call
 // goes on under its own deadline, and the others (or the cache beneath) get the
 // result. Headers that differ in any byte fly apart, so that a freshly rekeyed
-// header never shares the failure of the old one. What local keys open is passed on:
-// nothing is waited for, and to share it costs more than the whole of it.
+// header never shares the failure of the old one. What needs no call is passed on: nothing
+// is waited for, and to share it costs more than the whole of it.
 type flight struct {
 	next     opener
-	base     context.Context // ends with the ring
+	atHand   func(*crypt.Header) bool // needs no call
+	base     context.Context          // ends with the ring
 	deadline time.Duration
 
 	mu     sync.Mutex
@@ -38,14 +39,14 @@ type flightCall struct {
 }
 
 func newFlight(base context.Context, next opener, deadline time.Duration) *flight {
-	return &flight{next: next, base: base, deadline: deadline, calls: map[string]*flightCall{}}
+	return &flight{next: next, atHand: onlyLocal, base: base, deadline: deadline, calls: map[string]*flightCall{}}
 }
 
 func (f *flight) open(ctx context.Context, h *crypt.Header) (opened, error) {
 	if f.base.Err() != nil {
 		return opened{}, newError(KindUnavailable, opDecrypt, h.Copies[0].Key, errClosed)
 	}
-	if onlyLocal(h) {
+	if f.atHand(h) {
 		return f.next.open(ctx, h)
 	}
 	raw, err := h.Marshal()

@@ -94,6 +94,13 @@ func (m *memo[V]) get(ctx context.Context, a ask, request func() (V, error)) (v 
 	}
 }
 
+// has reports whether the answer to a is remembered. It is not a use.
+func (m *memo[V]) has(a ask) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.entries[a] != nil
+}
+
 // enter finds what is remembered (then there is no call), or else the call to wait for,
 // which is the caller's to make if mine.
 func (m *memo[V]) enter(ctx context.Context, a ask) (v V, born time.Time, call *memoCall, mine bool) {

@@ -93,6 +93,7 @@ func NewRing(o RingOptions) *Ring {
 	}
 	r.cache = newCache(r.core, o.CacheKeys, o.CacheAge)
 	r.flight = newFlight(base, r.cache, o.Deadline)
+	r.flight.atHand = r.core.atHand
 	r.pool = newPool(base, r.maker(), r.first, max(o.PoolSize, 0), o.Deadline)
 	r.pool.derived = r.mint != nil
 	r.leases = newLeases(r.counted, o.Volume, o.Deadline)

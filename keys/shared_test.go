@@ -82,6 +82,48 @@ func TestSharedCalls(t *testing.T) {
 	require.Greater(t, s.SharedHits, int64(files-workers*len(under)-1))
 }
 
+// TestSharedAtHand: a file whose intermediate key is remembered is opened by whoever wants
+// it, with no call to share; one whose key is not, or whose copy is another, is not.
+func TestSharedAtHand(t *testing.T) {
+	asShared(t)
+	noLeaks(t)
+	f := newFake()
+	maker := newTestRing(t, f, nil, arnA)
+	first, second := take(t, maker), take(t, maker)
+	defer wipeFresh(first)
+	defer wipeFresh(second)
+	r := newTestRing(t, f, nil, arnA)
+	require.False(t, r.core.atHand(first.Header), "nothing was opened")
+	require.NoError(t, open(t, r, first.Header))
+	require.True(t, r.core.atHand(second.Header))
+	other := second.Header.Clone()
+	other.Copies[0].Blob = append([]byte{1}, other.Copies[0].Blob...)
+	require.False(t, r.core.atHand(other))
+	foreign := second.Header.Clone()
+	foreign.Volume[0] ^= 1
+	require.False(t, r.core.atHand(foreign))
+
+	before, own := f.count(), 0
+	type mine struct{}
+	r.flight.next = openerFunc(func(ctx context.Context, h *crypt.Header) (opened, error) {
+		if ctx.Value(mine{}) != nil {
+			own++
+		}
+		return r.cache.open(ctx, h)
+	})
+	s, err := r.Open(context.WithValue(t.Context(), mine{}, true), second.Header)
+	require.NoError(t, err)
+	s.Wipe()
+	require.Equal(t, 1, own)
+	require.Equal(t, before, f.count())
+	r.Forget()
+	require.False(t, r.core.atHand(second.Header), "it is forgotten with the rest")
+}
+
+type openerFunc func(context.Context, *crypt.Header) (opened, error)
+
+func (f openerFunc) open(ctx context.Context, h *crypt.Header) (opened, error) { return f(ctx, h) }
+
 func inParallel(workers, n int, f func(i int)) {
 	var wg sync.WaitGroup
 	for w := range workers {

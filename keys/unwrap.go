@@ -251,8 +251,26 @@ func (w *wrapper) unwrap(ctx context.Context, h *crypt.Header, c candidate) (*cr
 		k, err := request()
 		return k, time.Now(), err
 	}
-	a := ask{op: opDecrypt, key: c.key, id: h.Wrapped(), blob: string(c.blob)}
-	return w.held.get(ctx, a, request) // where nothing is whose lease has ended
+	return w.held.get(ctx, askFor(h, c), request) // where nothing is whose lease has ended
+}
+
+// askFor is the request for the intermediate key that a copy holds.
+func askFor(h *crypt.Header, c candidate) ask {
+	return ask{op: opDecrypt, key: c.key, id: h.Wrapped(), blob: string(c.blob)}
+}
+
+// atHand reports whether a header opens without a call of a key service over a network:
+// all its copies are under local keys, or the intermediate key of the governing one is
+// remembered.
+func (w *wrapper) atHand(h *crypt.Header) bool {
+	if onlyLocal(h) {
+		return true
+	}
+	if !h.Shared {
+		return false
+	}
+	list, err := w.check(h)
+	return err == nil && w.held.has(askFor(h, list[0]))
 }
 
 // decrypt asks the key service.
