@@ -111,6 +111,23 @@ func TestUmountElsewhere(t *testing.T) {
 	require.Empty(t, v.Daemons())
 }
 
+// TestTermAfterAMove: a daemon whose mount was moved in its own mount namespace does not
+// blame another one.
+func TestTermAfterAMove(t *testing.T) {
+	e, v := helpedVolume(t)
+	said := helped(e, v, "rw", `
+		kmsfs mount "$dir" "$mnt"
+		mkdir "$root/moved"
+		mount --move "$mnt" "$root/moved"
+		pkill -TERM -f "kmsfs mount $dir $mnt"
+		log=$root/state/kmsfs/kmsfs.log
+		timeout 10 bash -c "until grep -qE \"not unmounting|unmounted here\" $log; do sleep 0.01; done"
+		grep -o "not unmounting: the topmost mount at the mountpoint is not this one" "$log"
+		umount -i "$root/moved"`)
+	require.Equal(t, "not unmounting: the topmost mount at the mountpoint is not this one\n", said)
+	require.Eventually(t, func() bool { return len(v.Daemons()) == 0 }, 10*time.Second, 10*time.Millisecond)
+}
+
 // TestMountFlags: every option about times, set-user-ID and devices that mount(8) has
 // arrives in the kernel, alone or with others.
 func TestMountFlags(t *testing.T) {

@@ -98,7 +98,8 @@ func (m *memo[V]) get(ctx context.Context, a ask, request func() (V, error)) (v 
 func (m *memo[V]) has(a ask) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.entries[a] != nil
+	e := m.entries[a]
+	return e != nil && !m.agedLocked(e.Value.(*told[V]))
 }
 
 // enter finds what is remembered (then there is no call), or else the call to wait for,

@@ -31,9 +31,10 @@ const (
 
 // pool is a maker that fetches keys ahead of demand. It keeps as many as are
 // used up while one is being fetched, twice over (Little's law): none for a
-// program that creates a file now and then, up to max for a burst. Of keys that cost
-// next to nothing a few are kept while there is a burst. So a create costs one call, and at most max
-// keys are ever fetched in vain; a workload that creates nothing fetches none.
+// program that creates a file now and then, up to max for a burst. Of keys that
+// cost next to nothing it keeps a few during a burst. So a create costs one call,
+// and at most max keys are ever fetched in vain; a workload that creates nothing
+// fetches none.
 //
 // A failed fetch is what a waiter gets, and for a short while (doubling up to
 // 5 s) what every caller gets at once: a key that was taken away is not asked
@@ -270,29 +271,33 @@ func (p *pool) stockLocked() int {
 
 // fetchLocked starts a fetch, which goes on until there is a stock.
 func (p *pool) fetchLocked() {
+	ctx, tries := p.beginLocked()
+	go func(gen uint64) {
+		for ctx != nil {
+			ctx, tries = p.fetch(ctx, gen, tries)
+		}
+	}(p.gen)
+}
+
+func (p *pool) beginLocked() (context.Context, *attempts) {
 	p.inflight++
 	ctx, tries := withAttempts(p.ctx)
 	p.tries[tries] = true
-	go p.fetch(ctx, p.gen, tries)
+	return ctx, tries
 }
 
-func (p *pool) fetch(ctx context.Context, gen uint64, tries *attempts) {
-	for again := true; again; {
-		again = p.fetchOne(ctx, gen, tries)
-	}
-}
-
-// fetchOne fetches a key. It reports whether the same fetch is to go on.
-func (p *pool) fetchOne(ctx context.Context, gen uint64, tries *attempts) (again bool) {
+// fetch fetches a key. It returns what the next is to be fetched with, or nil at the end.
+func (p *pool) fetch(ctx context.Context, gen uint64, tries *attempts) (context.Context, *attempts) {
 	ctx, cancel := context.WithTimeout(ctx, p.deadline)
 	defer cancel()
 	start := time.Now()
 	f, err := p.next.make(ctx, crypt.UseFile)
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	delete(p.tries, tries)
 	if p.closed || gen != p.gen {
 		wipeFresh(f)
-		return false
+		return nil, nil
 	}
 	p.inflight--
 	if err != nil {
@@ -303,13 +308,11 @@ func (p *pool) fetchOne(ctx context.Context, gen uint64, tries *attempts) (again
 		f.Batch = gen
 		p.addLocked(f)
 	}
-	if p.inflight == 0 && len(p.ready) < p.stockLocked() {
-		p.inflight++
-		return true
+	if p.inflight == 0 && len(p.waiters) == 0 && len(p.ready) < p.stockLocked() {
+		return p.beginLocked()
 	}
-	delete(p.tries, tries)
 	p.refillLocked()
-	return false
+	return nil, nil
 }
 
 // failLocked gives the failure to the waiters that no fetch is under way for.

@@ -120,6 +120,30 @@ func TestSharedAtHand(t *testing.T) {
 	require.False(t, r.core.atHand(second.Header), "it is forgotten with the rest")
 }
 
+// TestAgedIsNotAtHand: an intermediate key that is too old is asked for again, by a call
+// of the ring's, though it was not swept yet.
+func TestAgedIsNotAtHand(t *testing.T) {
+	inFakeTime(t, func(t *testing.T) {
+		m := newKeyMemo(8, time.Minute)
+		defer m.close()
+		request := func() (*crypt.Key, error) { return crypt.RandomKey() }
+		for _, id := range []byte{1, 2} {
+			k, _, err := m.get(t.Context(), ask{blob: string(id)}, request)
+			require.NoError(t, err)
+			k.Wipe()
+			time.Sleep(time.Second)
+		}
+		second := ask{blob: "\x02"}
+		require.True(t, m.has(second))
+		time.Sleep(time.Minute)
+		m.mu.Lock()
+		swept := m.entries[second] == nil
+		m.mu.Unlock()
+		require.False(t, swept, "the first was swept, and the sweep after it is yet to come")
+		require.False(t, m.has(second))
+	})
+}
+
 type openerFunc func(context.Context, *crypt.Header) (opened, error)
 
 func (f openerFunc) open(ctx context.Context, h *crypt.Header) (opened, error) { return f(ctx, h) }

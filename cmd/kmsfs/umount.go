@@ -191,10 +191,15 @@ func waitProcess(pidfd int, long time.Duration) (gone bool, err error) {
 	}
 }
 
-// holderElsewhere is a process in whose mount namespace a file system is mounted, and
-// where: a container's that was made while it was mounted here too. 0 if we see none.
+// holderElsewhere is a process in whose mount namespace, not ours, a file system is
+// mounted, and where: a container's that was made while it was mounted here too. 0 if we
+// see none.
 func holderElsewhere(device string) (pid int, point string) {
-	seen := map[string]bool{}
+	own, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		return 0, ""
+	}
+	seen := map[string]bool{own: true}
 	dirs, _ := filepath.Glob("/proc/[0-9]*")
 	for _, dir := range dirs {
 		ns, err := os.Readlink(filepath.Join(dir, "ns/mnt")) // one look at each namespace
